@@ -1,0 +1,54 @@
+# Two commands are all a newcomer needs: `make quickstart` and `make test`. Each makes its own virtual environment.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+
+.PHONY: quickstart test check fast-test format lint types contracts bench docs lock clean
+
+# The stamp is newer than what it was installed from, or pip runs again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/posttrain run flywheel --seed $(SEED)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests
+
+check: format lint types contracts fast-test
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check src tests examples benchmarks
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests examples benchmarks
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+fast-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests -m "not slow" -q
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/run.py
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/build_reference.py
+
+# Writes the lock from what is installed; pip reads it as constraints.
+lock: $(VENV)/.installed-dev
+	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/ @ file:.*//' -e 's/+cpu$$//' > constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
