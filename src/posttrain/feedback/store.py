@@ -176,7 +176,8 @@ class FeedbackStore:
         """
         if limit < 1:
             raise ServeError(f"interactions: limit must be at least 1, not {limit}")
-        where, values = ["seq > ?"], [cursor or 0]
+        where = ["seq > ?"]
+        values: list[Any] = [cursor or 0]
         if model is not None:
             known_id = self._rows("SELECT 1 FROM interactions WHERE model = ? LIMIT 1", (model,))
             where.append("model = ?" if known_id else "model_name = ?")
