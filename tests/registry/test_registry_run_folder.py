@@ -136,9 +136,12 @@ def test_two_writers_are_refused_and_a_killed_one_reads_as_interrupted(tmp_path:
 
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "sft", {})
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    child = fork.Process(target=lambda: (ready.set(), time.sleep(30)))
     child.start()
     try:
+        assert ready.wait(10)
         run.close()  # what the death of the parent does
         RunFolder.open(run.path).close()
     finally:
