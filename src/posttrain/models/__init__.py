@@ -1,0 +1,32 @@
+"""models: folder ↔ weights, and the decoder between tokens and logits.
+
+Takes Hugging Face folders, gives a `Decoder`; takes hidden states, gives logprobs. One native decoder serves trainer and
+sampler; `Attend` is the seam where a sampler's cache or a trainer's packing goes in. May import: core, torch.
+"""
+
+from posttrain.models.attend import Attend, CausalAttend, causal_attention, packed_positions
+from posttrain.models.config import DecoderConfig, RopeScaling
+from posttrain.models.decoder import Decoder, flops_per_token, num_parameters
+from posttrain.models.folder import load, save, to_hf_tensors
+from posttrain.models.hub import resolve
+from posttrain.models.token_stats import TokenStats, token_stats
+from posttrain.models.weights import weight_table
+
+__all__ = [
+    "Attend",
+    "CausalAttend",
+    "Decoder",
+    "DecoderConfig",
+    "RopeScaling",
+    "TokenStats",
+    "causal_attention",
+    "flops_per_token",
+    "load",
+    "num_parameters",
+    "packed_positions",
+    "resolve",
+    "save",
+    "to_hf_tensors",
+    "token_stats",
+    "weight_table",
+]
