@@ -1,0 +1,38 @@
+"""train: Example → Checkpoint.
+
+Takes examples (token sequences with masks, columns and scalars), a decoder, and an objective; gives optimiser steps
+with their metrics, logprobs, and checkpoints from which a killed run goes on bit for bit. May import: core, models,
+objectives, registry, torch. Knows no algorithm: credit is assigned before it, the loss is an argument.
+"""
+
+from posttrain.train.batch import Batch, Denominators
+from posttrain.train.checkpoint import Resumed, list_checkpoints, load_latest, read_state, save_checkpoint, verify
+from posttrain.train.config import TrainConfig
+from posttrain.train.ledger import Ledger
+from posttrain.train.losses import Normalise, Objective, column, nll_objective, normalisation, policy_objective
+from posttrain.train.packing import pack
+from posttrain.train.state import TrainerState
+from posttrain.train.trainer import TIMING_METRICS, Trainer
+
+__all__ = [
+    "TIMING_METRICS",
+    "Batch",
+    "Denominators",
+    "Ledger",
+    "Normalise",
+    "Objective",
+    "Resumed",
+    "TrainConfig",
+    "Trainer",
+    "TrainerState",
+    "column",
+    "list_checkpoints",
+    "load_latest",
+    "nll_objective",
+    "normalisation",
+    "pack",
+    "policy_objective",
+    "read_state",
+    "save_checkpoint",
+    "verify",
+]

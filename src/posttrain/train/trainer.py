@@ -1,0 +1,274 @@
+"""The trainer: packs examples, adds up gradients, clips, steps. It does not know what it optimises.
+
+N tokens of a micro-batch, P target positions among them, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain import objectives
+from posttrain.core import Example, TrainError, derive_seed
+from posttrain.models import CausalAttend, Decoder, TokenStats, packed_positions, token_stats
+from posttrain.objectives import Metric
+from posttrain.train.batch import Batch, Denominators, build_batch, group_tokens
+from posttrain.train.config import TrainConfig
+from posttrain.train.losses import Objective, nll_objective
+from posttrain.train.optimiser import make_adamw, optimiser_state, restore_optimiser, trainable
+from posttrain.train.packing import pack
+from posttrain.train.rows import ExampleRow, to_rows
+from posttrain.train.state import TrainerState, check_identity, model_identity, weights_of
+
+TIMING_METRICS = frozenset({"tokens_per_second", "step_s"})
+"""Metrics of `Trainer.step` that the clock decides; all others are reproducible bit for bit on a CPU."""
+
+
+class Trainer:
+    """One model, one optimiser, one objective.
+
+    The weights that learn become float32 in place (with dtype float32 the frozen ones too); with dtype bfloat16 matrix
+    products run under autocast. A sampler that shares the model sees every step at once.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: TrainConfig,
+        objective: Objective,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Take a model over.
+
+        Args:
+            model: trained in place; parameters with requires_grad False stay as they are.
+            config: how to step.
+            objective: from a micro-batch to its share of the loss.
+            device: where to move the model; None leaves it where it is.
+
+        Raises:
+            TrainError: no parameter of the model learns.
+        """
+        if device is not None:
+            model.to(device)
+        for weight in model.parameters():
+            if weight.requires_grad or config.dtype == "float32":
+                weight.data = weight.data.float()
+        self.model = model
+        self.config = config
+        self.objective = objective
+        self.num_steps = 0
+        self.num_tokens = 0  # trained on since the beginning, prompts included
+        self._weights = trainable(model)
+        if not self._weights:
+            raise TrainError("no parameter of the model learns: all have requires_grad False")
+        self.device = next(iter(self._weights.values())).device
+        self._optimiser = make_adamw(model, config)
+        self._identity: dict[str, Any] | None = None
+
+    def step(self, examples: Sequence[Example]) -> dict[str, float]:
+        """One optimiser step over all the examples, in as many micro-batches as they need.
+
+        Examples without a target are counted (`num_empty_examples`) and otherwise ignored.
+
+        Returns:
+            The objective's metrics, and `loss`, `lr`, `grad_norm` (before clipping), `num_tokens` (since the
+            beginning), `num_targets`, `num_examples`, `num_empty_examples`, `num_micro_batches`, and the
+            `TIMING_METRICS`.
+
+        Raises:
+            TrainError: an example is malformed; none has a target; the loss or gradient is not finite (the message
+                names the step and the examples). The weights are as before.
+        """
+        started_s = time.perf_counter()
+        rows = self._rows(examples)
+        live = [row for row in rows if row.num_targets]
+        if not live:
+            raise TrainError(
+                f"step {self.num_steps + 1}: none of its {len(rows)} examples has a target token. "
+                "Their masks are all False: did every rollout fail, or does the chat template mark no assistant turn?"
+            )
+        batches = self._batches(live)
+        losses, metrics = self._gradients(batches)
+        norm = torch.nn.utils.get_total_norm([w.grad for w in self._weights.values() if w.grad is not None])
+        total = torch.stack(losses).sum().item()
+        grad_norm = norm.item()
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            raise self._not_finite(total, grad_norm, live)
+        lr = self._update(norm)
+        num_tokens = sum(row.num_tokens for row in live)
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+        seconds = time.perf_counter() - started_s
+        return {
+            "loss": total,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            **objectives.combine(metrics),
+            "num_tokens": float(self.num_tokens),
+            "num_targets": float(sum(row.num_targets for row in live)),
+            "num_examples": float(len(rows)),
+            "num_empty_examples": float(len(rows) - len(live)),
+            "num_micro_batches": float(len(losses)),
+            "step_s": seconds,
+            "tokens_per_second": num_tokens / seconds,
+        }
+
+    @torch.no_grad()
+    def logprobs(self, examples: Sequence[Example]) -> list[list[tuple[float, ...]]]:
+        """Log-probability of every target under the weights as they are: for `old_logprobs` and `ref_logprobs`.
+
+        The forward pass is that of `step`: the same packing, precision and temperature, so that on the first step
+        after it every ratio is exactly 1 if the same examples are given.
+
+        Returns:
+            For each example, for each of its sequences, T values: 0 where the token is no target.
+        """
+        rows = self._rows(examples)
+        columns = [[np.zeros(len(sequence.tokens_T)) for sequence in row.sequences] for row in rows]
+        live = [index for index, row in enumerate(rows) if row.num_targets]
+        self.model.eval()
+        for batch, members in self._plan([rows[index] for index in live]):
+            values_P = self._stats(batch, self.config.temperature, entropy=False).logprobs_N.double().cpu().numpy()
+            at = 0
+            for member in members:
+                index = live[member]
+                for column_T, sequence in zip(columns[index], rows[index].sequences, strict=True):
+                    column_T[sequence.targets] = values_P[at : at + len(sequence.targets)]
+                    at += len(sequence.targets)
+        return [[tuple(column_T.tolist()) for column_T in sequences] for sequences in columns]
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
+        """How well the model predicts the targets, at temperature 1; nothing is learned.
+
+        Returns:
+            `nll` (mean over target tokens, nats), `perplexity`, `entropy` (mean over target tokens, nats),
+            `num_targets`, `num_examples`.
+
+        Raises:
+            TrainError: an example is malformed, or none has a target.
+        """
+        rows = self._rows(examples)
+        live = [row for row in rows if row.num_targets]
+        if not live:
+            raise TrainError(f"evaluate: none of the {len(rows)} examples has a target token")
+        self.model.eval()
+        metrics = []
+        for batch, _ in self._plan(live):
+            stats = self._stats(batch, 1.0, entropy=True)
+            metrics.append(nll_objective(stats, batch)[1])
+        result = objectives.combine(metrics)
+        return {
+            **result,
+            "perplexity": math.exp(min(result["nll"], 700.0)),
+            "num_targets": float(sum(row.num_targets for row in live)),
+            "num_examples": float(len(rows)),
+        }
+
+    def state(self) -> TrainerState:
+        """What a checkpoint must hold. The tensors are the trainer's own: write or clone them before the next step."""
+        meta = {"num_steps": self.num_steps, "num_tokens": self.num_tokens, "identity": self.identity}
+        return TrainerState(weights_of(self.model), optimiser_state(self._optimiser, self._weights), meta)
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: it belongs to another model or configuration; says what differs. Nothing is changed.
+        """
+        check_identity(state.meta["identity"], self.identity)
+        restore_optimiser(self._optimiser, self._weights, state.optimiser)
+        with torch.no_grad():
+            for name, tensor in weights_of(self.model).items():
+                tensor.copy_(state.weights[name])
+        self.num_steps = int(state.meta["num_steps"])
+        self.num_tokens = int(state.meta["num_tokens"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with this run: configuration, weights' shapes, frozen weights."""
+        if self._identity is None:
+            self._identity = {"train": self.config.to_dict(), "model": model_identity(self.model)}
+        return self._identity
+
+    def _rows(self, examples: Sequence[Example]) -> list[ExampleRow]:
+        shape = self.model.config
+        return to_rows(examples, vocab_size=shape.vocab_size, max_positions=shape.max_positions)
+
+    def _batches(self, rows: Sequence[ExampleRow]) -> Iterator[Batch]:
+        return (batch for batch, _ in self._plan(rows))
+
+    def _plan(self, rows: Sequence[ExampleRow]) -> Iterator[tuple[Batch, list[int]]]:
+        denominators, groups = Denominators.of(rows), group_tokens(rows)
+        for members in pack([row.num_tokens for row in rows], self.config.micro_tokens):
+            yield build_batch([rows[index] for index in members], denominators, groups, self.device), members
+
+    def _gradients(self, batches: Iterator[Batch]) -> tuple[list[Tensor], list[dict[str, Metric]]]:
+        """Add up the gradients of all micro-batches; their losses and metrics."""
+        self.model.train()
+        self._optimiser.zero_grad(set_to_none=True)
+        losses, metrics = [], []
+        for index, batch in enumerate(batches):
+            with self._derived_randomness(index):
+                stats = self._stats(batch, self.config.temperature, self.config.entropy)
+                loss, observed = self.objective(stats, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            metrics.append(observed)
+        return losses, metrics
+
+    def _update(self, norm: Tensor) -> float:
+        lr = self.config.lr_at(self.num_steps)
+        for group in self._optimiser.param_groups:
+            group["lr"] = lr
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._weights.values(), self.config.max_grad_norm, norm)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return lr
+
+    def _stats(self, batch: Batch, temperature: float, entropy: bool) -> TokenStats:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            hidden_1ND = self.model.hidden(
+                batch.tokens_N[None],
+                positions_BT=packed_positions(batch.lengths, self.device),
+                attend=CausalAttend(batch.lengths),
+            )
+            before_PD = hidden_1ND[0].index_select(0, batch.target_P - 1)
+            return token_stats(self.model, before_PD, batch.targets_P, temperature=temperature, entropy=entropy)
+
+    @contextmanager
+    def _derived_randomness(self, micro_batch: int) -> Iterator[None]:
+        """What is random in the model depends on seed, step and micro-batch alone: nothing to save, nothing to lose."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derive_seed(self.config.seed, "train", self.num_steps, micro_batch))
+            yield
+
+    def _not_finite(self, total: float, grad_norm: float, live: Sequence[ExampleRow]) -> TrainError:
+        """Find the examples that are to blame, one by one; slow, but the run is over."""
+        denominators, groups = Denominators.of(live), group_tokens(live)
+        guilty = []
+        for row in live:
+            losses, _ = self._gradients(iter([build_batch([row], denominators, groups, self.device)]))
+            norm = torch.nn.utils.get_total_norm([w.grad for w in self._weights.values() if w.grad is not None])
+            if not (math.isfinite(losses[0].item()) and math.isfinite(norm.item())):
+                guilty.append(row.id)
+        self._optimiser.zero_grad(set_to_none=True)
+        names = guilty or [row.id for row in live]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        blame = "caused by" if guilty else "by no example alone; the step had"
+        return TrainError(
+            f"step {self.num_steps + 1}: loss {total}, gradient norm {grad_norm}; {blame} examples "
+            f"{', '.join(names[:8])}{more}. The weights are as before this step. Look at these examples, "
+            "or lower the learning rate"
+        )
