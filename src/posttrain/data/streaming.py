@@ -1,0 +1,146 @@
+"""Files to typed rows as a stream: format found, columns renamed, bad rows set aside and counted."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from posttrain.core import DataError, UsageError
+from posttrain.data.convert import convert
+from posttrain.data.files import find_files
+from posttrain.data.formats import ColumnMap, Columns, Format, check_kind, detect, explain_unknown, kinds_of, signature
+from posttrain.data.quarantine import Quarantine, Tally
+from posttrain.data.read import Row, Scanned, scan
+from posttrain.data.rows import BadRow, Kind, LoadReport, RowFault, TypedRow
+
+T_co = TypeVar("T_co", bound=TypedRow, covariant=True)
+
+LOOK_AHEAD = 32  # rows of a file that vote on its format, so that one odd first row does not decide
+EARLY_CHECK = 1000  # rows after which a stream stops if too many were bad so far
+
+
+class Stream(Generic[T_co]):
+    """Typed rows read anew at each iteration, in constant memory. `report` speaks of the latest iteration so far."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        kind: Kind | None = None,
+        columns: Columns | None = None,
+        limit: int | None = None,
+        split: str | None = None,
+        name: str | None = None,
+        quarantine: str | Path | None = None,
+        max_bad: float = 0.05,
+        early_check: int | None = EARLY_CHECK,
+    ) -> None:
+        check_kind(kind)
+        if not 0 <= max_bad <= 1:
+            raise UsageError(f"max_bad is a share between 0 and 1, not {max_bad}")
+        self.path = path
+        self.kind = kind
+        self.columns = ColumnMap.parse(columns)
+        self.limit = limit
+        self.split = split
+        self.name = name
+        self.quarantine = Path(quarantine) if quarantine is not None else None
+        self.max_bad = max_bad
+        self.early_check = early_check
+        self._tally = Tally(path)
+        find_files(path, split=split)  # a wrong path is refused here, not at the first row
+
+    def __iter__(self) -> Iterator[T_co]:
+        tally = self._tally = Tally(self.path)
+        with Quarantine(self.quarantine) as quarantine:
+            for rows in self._converted(tally, quarantine):
+                tally.rows += len(rows)
+                yield from cast(tuple[T_co, ...], rows)
+        self._check(tally, final=True)
+
+    @property
+    def report(self) -> LoadReport:
+        """Counts and causes of the latest iteration, up to where it is."""
+        return self._tally.report(self.kind or self._tally.kind or "")
+
+    def _converted(self, tally: Tally, quarantine: Quarantine) -> Iterator[tuple[TypedRow, ...]]:
+        scanned = scan(self.path, limit=self.limit, split=self.split)
+        for file, group in itertools.groupby(scanned, key=lambda row: row.file):
+            ahead = list(itertools.islice(group, LOOK_AHEAD))
+            tally.files.append(file)
+            plan = self._plan(file, ahead, tally)
+            for row in itertools.chain(ahead, group):
+                result = self._one(row, plan)
+                tally.read += 1
+                if isinstance(result, BadRow):
+                    tally.add_bad(result)
+                    quarantine.write(result)
+                    self._check(tally, final=False)
+                else:
+                    tally.clean += 1
+                    yield result
+
+    def _plan(self, file: str, ahead: Sequence[Scanned], tally: Tally) -> _Plan | None:
+        """How to convert one file, by the vote of its first rows; None where none of them could be parsed."""
+        values = [row.values for row in ahead if isinstance(row, Row)]
+        if not values:
+            return None
+        union = {name: value for row in reversed(values) for name, value in row.items()}
+        self.columns.check(union, file)
+        kind = self.kind or tally.kind
+        renamed = [self.columns.rename(row) for row in values]
+        votes = Counter(found for row in renamed if (found := signature(row, kind)) is not None)
+        if not votes:
+            raise DataError(f"{file}: {explain_unknown(renamed[0], kind)}")
+        dataset_type, columns = max(votes, key=lambda found: votes[found])
+        sample = next(row for row in renamed if signature(row, kind) == (dataset_type, columns))
+        tally.kind = kind or kinds_of(dataset_type, columns)[0]
+        form = detect(sample, kind)
+        if form.name not in tally.formats:
+            tally.formats.append(form.name)
+        return _Plan(form, columns, tally.kind)
+
+    def _one(self, row: Scanned, plan: _Plan | None) -> tuple[TypedRow, ...] | BadRow:
+        if isinstance(row, BadRow):
+            return row
+        assert plan is not None, "a file with a row that parses has a plan, or the format was refused"
+        row_id = f"{self.name or row.file}:{row.line}"
+        if self.name is not None and row.file != Path(self.path).name:
+            row_id = f"{self.name}/{row.file}:{row.line}"
+        values = self.columns.rename(row.values)
+        try:
+            if "id" in self.columns.columns:
+                row_id = _own_id(values)
+            return convert(values, plan.format.type, plan.columns, plan.kind, row_id)
+        except RowFault as fault:
+            field = self.columns.columns.get(fault.field, fault.field)
+            return BadRow(
+                file=row.file, line=row.line, field=field, cause=fault.cause, detail=fault.detail, raw=row.raw()
+            )
+
+    def _check(self, tally: Tally, *, final: bool) -> None:
+        due = final or (self.early_check is not None and tally.read >= self.early_check)
+        if due and tally.bad > self.max_bad * tally.read:
+            where = f"all of them are in {self.quarantine}" if self.quarantine else "quarantine=FILE collects them"
+            raise DataError(
+                f"{self.path}: more bad rows than max_bad={self.max_bad:g} allows; {where}\n{self.report.summary()}"
+            )
+
+
+def _own_id(values: dict[str, Any]) -> str:
+    value = values.get("id")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise RowFault("id", "is not an id", repr(value))
+    return str(value)
+
+
+class _Plan:
+    """How one file is converted."""
+
+    def __init__(self, found: Format, columns: tuple[str, ...], kind: Kind) -> None:
+        self.format = found
+        self.columns = columns
+        self.kind = kind
