@@ -210,10 +210,10 @@ class Decoder(nn.Module):
         dtype = self.embed.weight.dtype
         x_BTD = self.embed(tokens_BT).float()
         if self.positions is not None:
-            if tokens_BT.shape[1] > self.config.max_positions:
+            if positions_BT.device.type == "cpu" and int(positions_BT.max()) >= self.config.max_positions:
                 raise ModelError(
-                    f"{tokens_BT.shape[1]} tokens are more than the {self.config.max_positions} positions learned by "
-                    "this model; shorten the sequences"
+                    f"position {int(positions_BT.max())} is beyond the {self.config.max_positions} that this model "
+                    "learned; shorten the sequences"
                 )
             x_BTD = x_BTD + self.positions(positions_BT)
         rotation = None if self.rope is None else self.rope.rotation(positions_BT, self._rotary_dtype())
