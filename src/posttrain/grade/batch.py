@@ -1,0 +1,127 @@
+"""Grading many trajectories: a deadline on each, failures as data, and a stop when too many fail."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from posttrain.core import ConfigError, Grade, GradeError, Grader, Trajectory
+
+ROLLOUT_FAILED = "rollout failed: "
+_MAX_ERROR = 500  # characters of an error that are kept
+
+
+async def grade_all(
+    grader: Grader, trajectories: Sequence[Trajectory], *, deadline_s: float = 10.0, concurrency: int = 32
+) -> list[Grade]:
+    """Grade every trajectory; never raises for what a grader does.
+
+    A grader that raises, passes its deadline, or returns something else than a Grade with a finite score gives a grade
+    with an error. A trajectory that failed is not graded: its grade says `rollout failed: …`. A grader may limit how
+    many grades are under way (`max_concurrency`) and may warm up before the clock starts (`async prepare()`).
+
+    Args:
+        grader: the grader. It must not block the event loop: plain functions belong into `Function`.
+        trajectories: what to grade.
+        deadline_s: seconds that each grade may take, once it has begun.
+        concurrency: grades under way at the same time, at most.
+
+    Returns:
+        One grade for each trajectory, in order.
+    """
+    if concurrency < 1 or deadline_s <= 0:
+        raise ConfigError(f"grade_all: concurrency and deadline_s must be above 0, not {concurrency} and {deadline_s}")
+    limit = getattr(grader, "max_concurrency", None)
+    places = asyncio.Semaphore(concurrency if limit is None else min(concurrency, limit))
+    if hasattr(grader, "prepare") and any(not trajectory.failed() for trajectory in trajectories):
+        try:
+            await grader.prepare()
+        except Exception as error:  # noqa: BLE001  a grader that cannot start fails every grade, as data
+            reason = f"could not be prepared: {type(error).__name__}: {error}"
+            return [_rollout_failure(grader, t) or _failure(grader, reason) for t in trajectories]
+
+    async def one(trajectory: Trajectory) -> Grade:
+        failure = _rollout_failure(grader, trajectory)
+        if failure is not None:
+            return failure
+        async with places:
+            return await _grade_one(grader, trajectory, deadline_s)
+
+    return list(await asyncio.gather(*(one(trajectory) for trajectory in trajectories)))
+
+
+def check_failures(grades: Sequence[Grade], max_failed: float = 0.05, *, min_failed: int = 2) -> None:
+    """Stop when too many grades failed.
+
+    Grades of trajectories that failed themselves are left out: those are the rollout's failures, counted there.
+
+    Args:
+        grades: a step's grades.
+        max_failed: largest share that may fail.
+        min_failed: fewer failures than this are let pass, whatever their share, unless every grade failed.
+
+    Raises:
+        GradeError: too many failed; names the most frequent causes.
+    """
+    graded = [grade for grade in grades if not (grade.error or "").startswith(ROLLOUT_FAILED)]
+    causes = Counter((grade.grader, (grade.error or "")[:200]) for grade in graded if grade.score is None)
+    failed = causes.total()
+    if failed == 0 or failed <= max_failed * len(graded) or (failed < min_failed and failed < len(graded)):
+        return
+    listed = "".join(f"\n  {count} × {grader}: {error}" for (grader, error), count in causes.most_common(5))
+    raise GradeError(
+        f"{failed} of {len(graded)} grades failed ({failed / len(graded):.0%}, at most {max_failed:.0%} may). "
+        f"Mend the grader or its tasks, or raise the limit. Most frequent causes:{listed}"
+    )
+
+
+async def _grade_one(grader: Grader, trajectory: Trajectory, deadline_s: float) -> Grade:
+    started_s = time.perf_counter()
+    work = asyncio.ensure_future(_call(grader, trajectory))
+    # asyncio.wait, not wait_for: a grader that ignores its cancellation must not hold up the others.
+    try:
+        await asyncio.wait({work}, timeout=deadline_s)
+    finally:
+        if not work.done():
+            work.cancel()
+    seconds = time.perf_counter() - started_s
+    if not work.done():
+        return _failure(grader, f"no grade within {deadline_s:g} s", seconds)
+    if work.cancelled():
+        return _failure(grader, "the grader cancelled itself", seconds)
+    error = work.exception()
+    if error is not None:
+        return _failure(grader, f"{type(error).__name__}: {error}", seconds)
+    return _checked(grader, work.result(), seconds)
+
+
+async def _call(grader: Grader, trajectory: Trajectory) -> object:
+    grade = grader.grade(trajectory)
+    return await grade if inspect.isawaitable(grade) else grade
+
+
+def _checked(grader: Grader, grade: object, seconds: float) -> Grade:
+    if not isinstance(grade, Grade):
+        return _failure(grader, f"returned {type(grade).__name__}, not a Grade", seconds)
+    if grade.score is None:
+        return grade.replace(seconds=grade.seconds or seconds)
+    if not math.isfinite(grade.score):
+        return _failure(grader, f"its score is {grade.score}", seconds)
+    for part, value in grade.parts.items():
+        if not math.isfinite(value):
+            return _failure(grader, f"its part {part!r} is {value}", seconds)
+    return grade.replace(seconds=grade.seconds or seconds)
+
+
+def _rollout_failure(grader: Grader, trajectory: Trajectory) -> Grade | None:
+    if not trajectory.failed():
+        return None
+    return _failure(grader, f"{ROLLOUT_FAILED}{trajectory.error or trajectory.stop_reason.value}")
+
+
+def _failure(grader: Grader, error: str, seconds: float = 0.0) -> Grade:
+    return Grade(score=None, grader=grader.name, error=error[:_MAX_ERROR], seconds=seconds)

@@ -1,0 +1,140 @@
+"""Graders that prove themselves: gold answers score full marks, near misses do not."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sqlite3
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+
+from posttrain.core import Grade, GradeCase, GradeError, Grader, ProvesItself, Record, Task, Trajectory
+from posttrain.grade.answer import answer_text, right, trajectory_from_text, wrong
+from posttrain.grade.batch import grade_all
+from posttrain.grade.combine import Function, Weighted
+from posttrain.grade.maths import Maths
+from posttrain.grade.number import Number
+from posttrain.grade.sql_result import SqlResult
+from posttrain.grade.text import Exact, Length, Regex
+
+
+class ProvenCase(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A case and the grade it got."""
+
+    case: GradeCase
+    grade: Grade
+
+    @property
+    def holds(self) -> bool:
+        """True where the score lies where it must."""
+        return self.grade.score is not None and self.case.low <= self.grade.score <= self.case.high
+
+
+class ProofReport(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What came of a grader's own cases, and of those of the graders it is made of."""
+
+    grader: str
+    cases: tuple[ProvenCase, ...]
+    parts: tuple[ProofReport, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not hold, one line each; empty where the grader is proven."""
+        found = []
+        for proven in self.cases:
+            if not proven.holds:
+                case, grade = proven.case, proven.grade
+                got = f"failed: {grade.error}" if grade.score is None else f"scored {grade.score:g}"
+                reason = f" ({case.why})" if case.why else ""
+                found.append(
+                    f"{self.grader}: {case.text[:100]!r} for task {case.task.id!r}{reason} {got}, "
+                    f"not within [{case.low:g}, {case.high:g}]"
+                )
+        if not self.cases and not self.parts:
+            found.append(f"{self.grader}: has no cases; give it gold answers and near misses: cases=[…]")
+        elif self.cases and not any(case.case.high < 1 for case in self.cases) and not self.parts:
+            found.append(f"{self.grader}: has no near miss among its cases")
+        return (*found, *(problem for part in self.parts for problem in part.problems))
+
+    @property
+    def ok(self) -> bool:
+        """True where every case holds."""
+        return not self.problems
+
+    def raise_for_problems(self) -> None:
+        """Raise GradeError naming every case that does not hold."""
+        if self.problems:
+            raise GradeError(f"the grader {self.grader!r} fails its own proof:\n  " + "\n  ".join(self.problems))
+
+
+def prove(grader: Grader, *, deadline_s: float = 60.0) -> ProofReport:
+    """Run a grader on its own cases, and the graders it is made of on theirs.
+
+    May be called where an event loop runs; it waits there.
+
+    Args:
+        grader: any grader; one without `cases()` is not proven.
+        deadline_s: seconds for each case.
+    """
+    reports: list[ProofReport] = []
+    # A loop of its own in a thread of its own, since the caller's thread may have one running.
+    thread = threading.Thread(target=lambda: reports.append(asyncio.run(_prove(grader, deadline_s))), daemon=True)
+    thread.start()
+    thread.join()
+    if not reports:
+        raise GradeError(f"the proof of grader {grader.name!r} broke off: its cases() raised an error")
+    return reports[0]
+
+
+async def _prove(grader: Grader, deadline_s: float) -> ProofReport:
+    cases = tuple(grader.cases()) if isinstance(grader, ProvesItself) else ()
+    trajectories = [
+        trajectory_from_text(case.task, case.text, id=f"{case.task.id}/{n}") for n, case in enumerate(cases)
+    ]
+    grades = await grade_all(grader, trajectories, deadline_s=deadline_s)
+    parts = [await _prove(part, deadline_s) for part in getattr(grader, "graders", ())]
+    proven = tuple(ProvenCase(case=case, grade=grade) for case, grade in zip(cases, grades, strict=True))
+    return ProofReport(grader=grader.name, cases=proven, parts=tuple(parts))
+
+
+def all_graders() -> list[Grader]:
+    """One small instance of every built-in grader, each able to prove itself here and now.
+
+    SqlResult gets a temporary database, which goes with it; Maths is left out where its extra is not installed.
+    """
+    fruit = Task(id="fruit", prompt="An apple?", answer="yes")
+    tagged = [right(fruit, "<answer>Yes.</answer>"), wrong(fruit, "<answer>no</answer>"), wrong(fruit, "yes")]
+    graders: list[Grader] = [
+        Exact(),
+        Regex(r"<answer>(.*?)</answer>", group=1, cases=tagged),
+        Length(max=20, unit="words"),
+        Length(100, unit="characters", slope=0.02, name="length_about"),
+        Number(),
+        Number(extract="####", name="number_marked"),
+        Number(extract="boxed", name="number_boxed"),
+        Function(_says_yes, cases=[right(fruit, "yes"), wrong(fruit, "perhaps")]),
+        Weighted([(Exact(), 1.0), (Length(max=5, unit="words"), 0.5)]),
+        _sql_on_temporary_database(),
+    ]
+    if importlib.util.find_spec("math_verify") is not None:
+        graders.append(Maths())
+    return graders
+
+
+def _says_yes(trajectory: Trajectory) -> float:
+    return float(answer_text(trajectory).strip() == "yes")
+
+
+def _sql_on_temporary_database() -> SqlResult:
+    folder = tempfile.TemporaryDirectory(prefix="posttrain-proof-")
+    path = Path(folder.name) / "fruit.sqlite"
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("CREATE TABLE fruit (name TEXT, price REAL)")
+        connection.executemany("INSERT INTO fruit VALUES (?, ?)", [("apple", 0.5), ("pear", 0.75)])
+    connection.close()
+    grader = SqlResult([path])
+    weakref.finalize(grader, folder.cleanup)
+    return grader

@@ -1,0 +1,184 @@
+"""The grader of text-to-SQL: the model's query and the gold query must give the same rows (execution accuracy).
+
+Source: test-suite accuracy, Zhong, Yu and Klein, 2020 (arXiv 2010.02840): several databases with the same schema and
+other rows tell apart queries that agree by chance on one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Task, Trajectory
+from posttrain.grade.answer import accepted_answers, answer_text, right, wrong
+from posttrain.grade.sql_compare import Row, rows_match
+from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
+from posttrain.grade.sql_syntax import ordered_at_top
+
+Databases = Path | Sequence[Path] | Mapping[str, Path | Sequence[Path]] | Callable[[Task], Sequence[Path]]
+
+_FENCE = re.compile(r"```[ \t]*(?:sql|sqlite|SQL|SQLite)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def sql_in(text: str) -> str:
+    """The query in an answer: what stands in the last fenced code block, or else the whole text."""
+    fenced = _FENCE.findall(text)
+    return (fenced[-1] if fenced else text).strip()
+
+
+class SqlResult:
+    """1 where the model's query gives the rows of the gold query (`task.answer`) on every database, else 0.
+
+    The model's query runs read-only: one SELECT, a list of harmless functions, no other file, and limits on time, rows
+    and the size of values. What the model's query does wrong scores 0 and is said in `rationale`; a gold query that
+    fails, or a database that cannot be opened, is the grader's failure and raises GradeError. Other accepted gold
+    queries may stand in `task.facts["answers"]`.
+
+    Parts: `executes` 1 where the query ran on every database; `match` 1 where it gave the gold rows; `timeout` 1 where
+    it was stopped by the clock; `empty_gold` 1 where the gold query gives no rows on any database, so that a match
+    proves little (count these, and give more databases).
+
+    Args:
+        databases: SQLite files that every query runs on; or a mapping from `task.facts["database"]` to the files of
+            that name; or a function from the task to its files.
+        ordered: whether the order of rows counts: "auto" where the gold query itself has an ORDER BY.
+        timeout_s: CPU seconds for one query on one database.
+        max_rows: more rows than this are a failure.
+        extract: from the answer's text to its query; `sql_in` if not given.
+        tolerance: largest difference of two numbers of which one is not an integer, relative or absolute.
+        executes_score: score of a query that runs and gives other rows than the gold query.
+        max_value_bytes: longest text or blob that a query may read or make; larger is slower to defend.
+        name: the grader's name.
+    """
+
+    def __init__(
+        self,
+        databases: Databases,
+        *,
+        ordered: bool | Literal["auto"] = "auto",
+        timeout_s: float = 1.0,
+        max_rows: int = 10_000,
+        extract: Callable[[str], str] | None = None,
+        tolerance: float = 1e-9,
+        executes_score: float = 0.0,
+        max_value_bytes: int = 100_000,
+        name: str = "sql_result",
+    ) -> None:
+        if ordered not in (True, False, "auto"):
+            raise ConfigError(f"grader {name!r}: ordered must be True, False or 'auto', not {ordered!r}")
+        self.name = name
+        self._databases = databases
+        self._ordered = ordered
+        self._extract = extract or sql_in
+        self._tolerance = tolerance
+        self._executes_score = executes_score
+        limits = QueryLimits(timeout_s=timeout_s, max_rows=max_rows, max_value_bytes=max_value_bytes)
+        self._runner = QueryRunner(limits)
+        # Threads of its own, no more than can run: a query's wait for a processor is no part of its deadline.
+        self.max_concurrency = max(2, min(8, os.cpu_count() or 2))
+        self._threads = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="sql")
+
+    async def grade(self, trajectory: Trajectory) -> Grade:
+        """Run both queries, compare; raises GradeError where the gold query or a database is at fault."""
+        started_s = time.perf_counter()
+        sql = self._extract(answer_text(trajectory))
+        golds = accepted_answers(trajectory.task)
+        paths = self._paths(trajectory.task)
+        known = all(self._runner.remembered(path, query) for path in paths for query in (sql, *golds))
+        if known:
+            grade = self._compare(trajectory.task, sql, golds, paths)
+        else:
+            loop = asyncio.get_running_loop()
+            grade = await loop.run_in_executor(self._threads, self._compare, trajectory.task, sql, golds, paths)
+        return grade.replace(seconds=time.perf_counter() - started_s)
+
+    def cases(self) -> Sequence[GradeCase]:
+        """Gold queries and near misses that any database can answer, and queries that must not run."""
+        name = next(iter(self._databases)) if isinstance(self._databases, Mapping) else None
+        facts = {} if name is None else {"database": name}
+        rows = "SELECT 1 AS a, 'x' AS b UNION ALL SELECT 2, 'y' UNION ALL SELECT 2, 'y'"
+        bag = Task(id="rows", prompt="Some rows.", answer=rows, facts=facts)
+        listed = Task(id="order", prompt="In order.", answer=f"SELECT a FROM ({rows}) ORDER BY a DESC", facts=facts)
+        third = Task(id="float", prompt="A third?", answer="SELECT 1.0 / 3", facts=facts)
+        free = self._ordered is not True
+        bad = [
+            ("SELECT 1, 'x' UNION SELECT 2, 'y' UNION SELECT 2, 'y'", "a row too few"),
+            ("SELECT 'x', 1 UNION ALL SELECT 'y', 2 UNION ALL SELECT 'y', 2", "columns the other way round"),
+            ("SELECT 1, 'X' UNION ALL SELECT 2, 'y' UNION ALL SELECT 2, 'y'", "another text"),
+            (f"{rows}; {rows}", "two statements"),
+            ("DROP TABLE x", "no query"),
+            ("ATTACH DATABASE ':memory:' AS other", "no query"),
+            ("SELECT nothing FROM nowhere", "no such table"),
+            ("", "nothing"),
+        ]
+        good = [(bag, rows), (bag, f"```sql\n{rows};\n```"), (third, "SELECT 0.1 / 0.3")]
+        if free:
+            good.append((bag, "SELECT 2.0, 'y' UNION ALL SELECT 1, 'x' UNION ALL SELECT 2, 'y'"))
+        if self._ordered is not False:
+            bad_order = (wrong(listed, f"SELECT a FROM ({rows}) ORDER BY a", "the other order"),)
+        else:
+            bad_order = ()
+        low = GradeCase(task=third, text="SELECT 0.33", low=0.0, high=self._executes_score, why="rounded")
+        return (
+            *(right(task, text) for task, text in good),
+            *(
+                GradeCase(task=bag, text=text, low=0.0, high=max(0.0, self._executes_score), why=why)
+                for text, why in bad
+            ),
+            *(case.replace(high=self._executes_score) for case in bad_order),
+            low,
+        )
+
+    def _paths(self, task: Task) -> tuple[Path, ...]:
+        databases = self._databases
+        if isinstance(databases, Mapping):
+            name = task.facts.get("database")
+            if name not in databases:
+                raise GradeError(f"task {task.id!r}: facts['database'] is {name!r}, none of {sorted(databases)}")
+            databases = databases[name]
+        elif callable(databases):
+            databases = databases(task)
+        paths = (databases,) if isinstance(databases, Path) else tuple(Path(path) for path in databases)
+        if not paths:
+            raise GradeError(f"task {task.id!r}: no database to run its query on")
+        return paths
+
+    def _compare(self, task: Task, sql: str, golds: Sequence[str], paths: Sequence[Path]) -> Grade:
+        gold_rows = [[self._gold_rows(task, path, gold) for path in paths] for gold in golds]
+        empty = float(not any(gold_rows[0]))
+        if not sql:
+            return self._grade("no query in the answer", empty_gold=empty)
+        results: list[QueryResult] = []
+        for path in paths:
+            result = self._runner.run(path, sql)
+            if result.error is not None:
+                timeout = float(result.timed_out)
+                return self._grade(f"{path.stem}: {result.error}"[:500], empty_gold=empty, timeout=timeout)
+            results.append(result)
+        for gold, rows_by_path in zip(golds, gold_rows, strict=True):
+            ordered = ordered_at_top(gold) if self._ordered == "auto" else self._ordered
+            pairs = zip(rows_by_path, results, strict=True)
+            if all(rows_match(rows, got.rows or (), ordered=ordered, tolerance=self._tolerance) for rows, got in pairs):
+                return self._grade("", executes=1.0, match=1.0, empty_gold=empty)
+        first = results[0].rows or ()
+        rationale = f"other rows than the gold query: {len(first)} rows, {len(gold_rows[0][0])} expected"
+        return self._grade(rationale, executes=1.0, empty_gold=empty)
+
+    def _gold_rows(self, task: Task, path: Path, gold: str) -> tuple[Row, ...]:
+        result = self._runner.run(path, gold)
+        if result.rows is None:
+            raise GradeError(f"task {task.id!r}: its gold query fails on {path.name}: {result.error}")
+        return result.rows
+
+    def _grade(
+        self, rationale: str, *, executes: float = 0.0, match: float = 0.0, empty_gold: float, timeout: float = 0.0
+    ) -> Grade:
+        parts = {"executes": executes, "match": match, "empty_gold": empty_gold, "timeout": timeout}
+        score = 1.0 if match else self._executes_score * executes
+        return Grade(score=score, grader=self.name, parts=parts, rationale=rationale)
