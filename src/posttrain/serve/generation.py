@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from posttrain.core import Completion, EngineError, Interaction, Message, SampleRequest, Sampling, StopReason
+from posttrain.core import Completion, Interaction, Message, SampleRequest, Sampling, StopReason
 from posttrain.serve.model import ServedModel, StreamEvent
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,8 @@ class Choice:
         """Add what an event brings."""
         self.tokens += event.tokens
         self.logprobs += event.logprobs
-        self.policy_logprobs += getattr(event, "policy_logprobs", event.logprobs)
-        self.top_logprobs += getattr(event, "top_logprobs", ())
+        self.policy_logprobs += event.policy_logprobs
+        self.top_logprobs += event.top_logprobs
         self.text += event.text
         if event.completion is not None:
             self._end(event.completion)
@@ -105,16 +105,17 @@ class Generation:
         events: asyncio.Queue[tuple[int, StreamEvent] | BaseException | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(number, events)) for number in range(len(self.prompts))]
         running = len(tasks)
+        # The deadline comes through the queue: a timer would strike the consumer, wherever it then waits.
+        alarm = asyncio.get_running_loop().call_later(self.timeout_s, events.put_nowait, TimeoutError())
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self.timeout_s):
-                while running:
-                    item = await events.get()
-                    if item is None:
-                        running -= 1
-                    elif isinstance(item, BaseException):
-                        raise item
-                    else:
-                        yield self._take(*item, observe)
+            while running:
+                item = await events.get()
+                if item is None:
+                    running -= 1
+                elif isinstance(item, BaseException):
+                    raise item
+                else:
+                    yield self._take(*item, observe)
         except TimeoutError:
             self._end_rest(StopReason.TIMEOUT, f"not finished after {self.timeout_s:g} s")
         except (asyncio.CancelledError, GeneratorExit):
@@ -124,14 +125,13 @@ class Generation:
             self._end_rest(StopReason.ERROR, f"{type(error).__name__}: {error}")
             raise
         finally:
+            alarm.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # the places are free when this returns
             self._end_rest(StopReason.ERROR, "the engine ended the stream early")
 
-    async def _pump(
-        self, number: int, events: asyncio.Queue[tuple[int, StreamEvent] | BaseException | None]
-    ) -> None:
+    async def _pump(self, number: int, events: asyncio.Queue[tuple[int, StreamEvent] | BaseException | None]) -> None:
         seed = self.sampling.seed
         # Prompts of one request draw from different seeds, as if they were sent one after another.
         sampling = self.sampling if seed is None or not number else self.sampling.replace(seed=seed + number)
@@ -227,5 +227,3 @@ def _choice_metadata(choice: Choice, metadata: dict[str, Any]) -> dict[str, Any]
 def shown_logprob(value: float) -> float:
     """A logprob as JSON can carry it: OpenAI writes −9999 for impossible."""
     return max(value, -9999.0) if math.isfinite(value) or value < 0 else -9999.0
-
-

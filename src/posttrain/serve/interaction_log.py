@@ -49,12 +49,18 @@ class InteractionLog:
         while self._queue:
             batch, self._queue = self._queue, []
             interactions = [interaction for group, _ in batch for interaction in group]
-            if not await self._write(interactions) and len(batch) > 1:
-                for group, _ in batch:  # one that is refused must not take its neighbours with it
-                    await self._write(group, last=True)
-            for _, written in batch:
-                if not written.done():
-                    written.set_result(None)
+            try:
+                alone = len(batch) == 1
+                if not await self._write(interactions, last=alone) and not alone:
+                    for group, _ in batch:  # one that is refused must not take its neighbours with it
+                        await self._write(group, last=True)
+            except Exception:
+                logger.exception("the interaction store failed; %d interactions may be lost", len(interactions))
+                self._metrics.count("interactions_lost_total", len(interactions))
+            finally:
+                for _, written in batch:
+                    if not written.done():
+                        written.set_result(None)
 
     async def _write(self, interactions: Sequence[Interaction], last: bool = False) -> bool:
         for attempt in range(1, _ATTEMPTS + 1):

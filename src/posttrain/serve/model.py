@@ -43,6 +43,16 @@ class StreamEvent(Protocol):
         ...
 
     @property
+    def policy_logprobs(self) -> Sequence[float]:
+        """Of the new tokens, under the model itself: temperature 1, no truncation."""
+        ...
+
+    @property
+    def top_logprobs(self) -> Sequence[dict[int, float]]:
+        """The likeliest tokens at each new position, if asked for."""
+        ...
+
+    @property
     def completion(self) -> Completion | None:
         """The whole choice, with its last event."""
         ...
