@@ -41,6 +41,8 @@ def find_files(path: str | Path, *, split: str | None = None) -> list[DataFile]:
     """
     target = Path(path)
     if target.is_file():
+        if split is not None and _split_of(target.name) not in (split, None):
+            raise DataError(f"{path}: the file's name says {_split_of(target.name)!r}, not split {split!r}")
         return [_data_file(target, target.name)]
     if target.is_dir():
         saved = _saved_dataset(target, split)
@@ -166,7 +168,7 @@ def check_limit(limit: int | None) -> None:
     """Refuse a limit that is not a count.
 
     Raises:
-        UsageError: the limit is negative.
+        UsageError: the limit is not at least 1.
     """
-    if limit is not None and limit < 0:
-        raise UsageError(f"limit must be 0 or more, not {limit}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be 1 or more, not {limit}")

@@ -75,7 +75,7 @@ def scan(path: str | Path, *, limit: int | None = None, split: str | None = None
     number = 0
     for number, row in enumerate(itertools.islice(rows, limit), 1):  # noqa: B007 - read after the loop
         yield row
-    if number == 0 and limit != 0:
+    if number == 0:
         raise DataError(f"{path}: no rows: the file holds none")
 
 

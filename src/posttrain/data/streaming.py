@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from posttrain.core import DataError, UsageError
 from posttrain.data.convert import convert
-from posttrain.data.files import find_files
+from posttrain.data.files import check_limit, find_files
 from posttrain.data.formats import ColumnMap, Columns, Format, check_kind, detect, explain_unknown, kinds_of, signature
 from posttrain.data.quarantine import Quarantine, Tally
 from posttrain.data.read import Row, Scanned, scan
@@ -39,6 +39,7 @@ class Stream(Generic[T_co]):
         early_check: int | None = EARLY_CHECK,
     ) -> None:
         check_kind(kind)
+        check_limit(limit)
         if not 0 <= max_bad <= 1:
             raise UsageError(f"max_bad is a share between 0 and 1, not {max_bad}")
         self.path = path
@@ -69,25 +70,28 @@ class Stream(Generic[T_co]):
     def _converted(self, tally: Tally, quarantine: Quarantine) -> Iterator[tuple[TypedRow, ...]]:
         scanned = scan(self.path, limit=self.limit, split=self.split)
         for file, group in itertools.groupby(scanned, key=lambda row: row.file):
-            ahead = list(itertools.islice(group, LOOK_AHEAD))
             tally.files.append(file)
-            plan = self._plan(file, ahead, tally)
-            for row in itertools.chain(ahead, group):
-                result = self._one(row, plan)
-                tally.read += 1
-                if isinstance(result, BadRow):
-                    tally.add_bad(result)
-                    quarantine.write(result)
-                    self._check(tally, final=False)
-                else:
-                    tally.clean += 1
-                    yield result
+            plan: _Plan | None = None
+            ahead: list[Scanned] = []
+            for row in group:
+                if plan is None and isinstance(row, Row):
+                    ahead = [row, *itertools.islice(group, LOOK_AHEAD - 1)]
+                    plan = self._plan(file, ahead, tally)
+                for one in ahead or [row]:
+                    tally.read += 1
+                    result = self._one(one, plan)
+                    if isinstance(result, BadRow):
+                        tally.add_bad(result)
+                        quarantine.write(result)
+                        self._check(tally, final=False)
+                    else:
+                        tally.clean += 1
+                        yield result
+                ahead = []
 
-    def _plan(self, file: str, ahead: Sequence[Scanned], tally: Tally) -> _Plan | None:
-        """How to convert one file, by the vote of its first rows; None where none of them could be parsed."""
+    def _plan(self, file: str, ahead: Sequence[Scanned], tally: Tally) -> _Plan:
+        """How to convert one file, by the vote of the first rows that could be parsed, of which there is at least one."""
         values = [row.values for row in ahead if isinstance(row, Row)]
-        if not values:
-            return None
         union = {name: value for row in reversed(values) for name, value in row.items()}
         self.columns.check(union, file)
         kind = self.kind or tally.kind
@@ -106,7 +110,7 @@ class Stream(Generic[T_co]):
     def _one(self, row: Scanned, plan: _Plan | None) -> tuple[TypedRow, ...] | BadRow:
         if isinstance(row, BadRow):
             return row
-        assert plan is not None, "a file with a row that parses has a plan, or the format was refused"
+        assert plan is not None, "the first row that parses makes the plan"
         row_id = f"{self.name or row.file}:{row.line}"
         if self.name is not None and row.file != Path(self.path).name:
             row_id = f"{self.name}/{row.file}:{row.line}"
