@@ -20,6 +20,7 @@ from posttrain.serve.model import (
     ServedModel,
     StreamEvent,
     StreamTokens,
+    WholeAnswers,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "Server",
     "StreamEvent",
     "StreamTokens",
+    "WholeAnswers",
     "create_app",
     "run",
 ]

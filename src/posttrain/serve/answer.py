@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -60,7 +60,7 @@ class Answer(Response):
 
     def __init__(self, state: ServeState, job: Job, headers: dict[str, str]) -> None:
         super().__init__()
-        self._state, self._job, self._headers = state, job, headers
+        self._state, self._job, self._extra = state, job, headers
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +83,7 @@ class Answer(Response):
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._generate(None)
-        response = json_response(body(self._job), 200, self._headers)
+        response = json_response(body(self._job), 200, self._extra)
         await response(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
@@ -101,7 +101,7 @@ class Answer(Response):
         """Sample to the end, telling of every step if there is somebody to tell; then log, whatever happened."""
         generation = self._job.generation
         observer = Observer(self._state.metrics, generation.model.name, asyncio.get_running_loop().time())
-        written: Awaitable[None] | None = None
+        refused = False
         try:
             async with aclosing(generation.deltas(observer)) as deltas:
                 async for delta in deltas:
@@ -112,12 +112,24 @@ class Answer(Response):
                         for chunk in chunks(self._job, delta) if not delta.choice.error else ():
                             await self._send_event(send, chunk)
         except EngineError as error:
-            raise bad_request(str(error)) from None
+            refused = not generation.num_completion_tokens()
+            if generation.model.context is None:  # the request is too long, in all likelihood: nobody checked
+                raise bad_request(str(error)) from None
+            raise ApiError(503, f"the engine refuses the request: {error}", headers={"Retry-After": "1"}) from None
+        except Exception as error:
+            logger.exception("request %s failed", generation.id)
+            raise self._failed() from error
         finally:
-            written = self._record()
+            written = None if refused else self._record()
         if written is not None:
             await asyncio.shield(written)
-        self._raise_failure()
+        if generation.timed_out():
+            raise ApiError(504, f"the answer was not finished after {generation.timeout_s:g} s", code="timeout")
+        if generation.failure() is not None:
+            raise self._failed()
+
+    def _failed(self) -> ApiError:
+        return ApiError(500, f"the generation failed; the server's log has the cause under {self._job.generation.id}")
 
     def _parse(self, index: int) -> None:
         choice, renderer = self._job.generation.choices[index], self._job.generation.model.renderer
@@ -128,28 +140,20 @@ class Answer(Response):
                 logger.info("request %s: %s", self._job.generation.id, error)
 
     def _record(self) -> asyncio.Future[None] | None:
-        """Queue the request's interactions; None if there is no store, or the engine never began."""
+        """Queue the request's interactions; None if there is no store."""
         generation, log = self._job.generation, self._state.log
-        labels = {"model_name": generation.model.name}
-        began = generation.num_completion_tokens() > 0 or all(not choice.error for choice in generation.choices)
-        if began:
-            self._state.metrics.count("prompt_tokens_total", generation.num_prompt_tokens(), **labels)
-        if log is None or not began:
+        self._state.metrics.count(
+            "prompt_tokens_total", generation.num_prompt_tokens(), model_name=generation.model.name
+        )
+        if log is None:
             return None
         return log.put(generation.interactions(self._job.messages, self._job.user, self._job.metadata))
-
-    def _raise_failure(self) -> None:
-        generation = self._job.generation
-        if generation.timed_out():
-            raise ApiError(504, f"the answer was not finished after {generation.timeout_s:g} s", code="timeout")
-        if generation.failure() is not None:
-            raise ApiError(500, f"the generation failed; the server's log has the cause under {generation.id}")
 
     async def _open(self, send: Send) -> None:
         if self._started:
             return
         self._started = True
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **self._headers}
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", **self._extra}
         raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
         for chunk in opening(self._job):

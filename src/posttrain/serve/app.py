@@ -225,7 +225,7 @@ def _model_dict(model: ServedModel) -> dict[str, Any]:
         "created": int(model.created_s),
         "owned_by": "posttrain",
         "card_id": model.card_id or None,
-        "max_model_len": model.context_tokens,
+        "max_model_len": model.context,
     }
 
 

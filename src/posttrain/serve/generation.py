@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,10 +88,14 @@ class Generation:
         self.sampling = sampling
         self.timeout_s = timeout_s
         self.created_s = time.time()
-        self.choices = [Choice(index=i, prompt=i // sampling.n) for i in range(len(prompts) * sampling.n)]
+        # A choice's end brings the version that wrote it; one that is cut short keeps the version of now.
+        self.choices = [
+            Choice(index=i, prompt=i // sampling.n, weight_version=model.weight_version)
+            for i in range(len(prompts) * sampling.n)
+        ]
         self._start = time.monotonic()
 
-    async def deltas(self, observe: Observe | None = None) -> AsyncIterator[Delta]:
+    async def deltas(self, observe: Observe | None = None) -> AsyncGenerator[Delta, None]:
         """Sample, and tell of every step. Close the iterator to withdraw the request: its places are free at once.
 
         When it ends, in whatever way, every choice has a stop reason.

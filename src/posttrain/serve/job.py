@@ -123,13 +123,13 @@ def _generation(
     if n * len(prompts) > settings.max_choices:
         raise bad_request(f"{len(prompts)} prompts × n = {n} is more than {settings.max_choices} choices", "n")
     longest = max(map(len, prompts))
-    room = None if model.context_tokens is None else model.context_tokens - longest
+    room = None if model.context is None else model.context - longest
     if max_tokens is None:
         max_tokens = model.default_max_tokens if room is None else max(1, min(model.default_max_tokens, room))
     if room is not None and max_tokens > room:
         raise bad_request(
             f"a prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of "
-            f"{model.context_tokens} tokens; shorten the prompt or lower max_tokens",
+            f"{model.context} tokens; shorten the prompt or lower max_tokens",
             "max_tokens",
             "context_length_exceeded",
         )

@@ -64,9 +64,9 @@ class ServeMetrics:
         """The page. `gauges` are read by the caller when the page is asked for."""
         lines: list[str] = []
         with self._lock:
-            for name, series in sorted(self._counters.items()):
+            for name, counters in sorted(self._counters.items()):
                 self._head(lines, name)
-                lines += [self._line(name, key, value) for key, value in sorted(series.items())]
+                lines += [self._line(name, key, value) for key, value in sorted(counters.items())]
             for name, histogram in sorted(self._histograms.items()):
                 self._head(lines, name)
                 for key, buckets in sorted(histogram.items()):
@@ -100,14 +100,11 @@ class ServeMetrics:
 
 # Engine figures that have a name in vLLM's metrics.
 ENGINE_GAUGES = {
-    "running": "num_requests_running",
     "num_running": "num_requests_running",
-    "waiting": "num_requests_waiting",
     "num_waiting": "num_requests_waiting",
-    "kv_cache_usage": "kv_cache_usage_perc",
-    "cache_usage": "kv_cache_usage_perc",
-    "prefix_cache_hits": "prefix_cache_hits_total",
-    "prefix_cache_queries": "prefix_cache_queries_total",
+    "kv_usage": "kv_cache_usage_perc",
+    "prefix_hits": "prefix_cache_hits_total",
+    "weight_version": "weight_version",
 }
 
 

@@ -7,12 +7,16 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
+
 from posttrain.core import (
     Completion,
     Feedback,
     Interaction,
     Message,
+    Record,
     SampleRequest,
+    SampleTokens,
     ServeError,
     TextTokenizer,
     ToolSpec,
@@ -64,6 +68,49 @@ class StreamTokens(Protocol):
     def stream(self, request: SampleRequest) -> AsyncIterator[StreamEvent]:
         """Events of one request; closing the iterator withdraws it and frees its place."""
         ...
+
+
+class _WholeAnswer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A choice's only event."""
+
+    completion: Completion
+
+    @property
+    def index(self) -> int:
+        return self.completion.index
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.completion.tokens
+
+    @property
+    def text(self) -> str:
+        return self.completion.text
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        return self.completion.logprobs
+
+    @property
+    def policy_logprobs(self) -> tuple[float, ...]:
+        return self.completion.policy_logprobs
+
+    @property
+    def top_logprobs(self) -> tuple[dict[int, float], ...]:
+        return self.completion.top_logprobs
+
+
+class WholeAnswers:
+    """Serves a sampler that does not stream: each choice is one event, at its end. Cancelling cancels `sample`."""
+
+    def __init__(self, sampler: SampleTokens) -> None:
+        self.sampler = sampler
+
+    async def stream(self, request: SampleRequest) -> AsyncIterator[StreamEvent]:
+        """One event per choice."""
+        (completions,) = await self.sampler.sample([request])
+        for completion in completions:
+            yield _WholeAnswer(completion=completion)
 
 
 class PromptRenderer(Protocol):
@@ -121,7 +168,7 @@ class ServedModel:
     engine: StreamTokens
     renderer: PromptRenderer
     card_id: str = ""  # of the registry; written into every interaction. Empty: the name stands in
-    context_tokens: int | None = None  # prompt and answer together, at most; None: the engine decides
+    context_tokens: int | None = None  # prompt and answer together, at most; None: the engine's `max_length`, if any
     default_max_tokens: int = 512  # where a chat request names none, within the context
     created_s: float = 0.0  # Unix time of the card
 
@@ -129,6 +176,18 @@ class ServedModel:
     def model_id(self) -> str:
         """What interactions record as their model."""
         return self.card_id or self.name
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and answer together, at most; None: only the engine knows."""
+        own = self.context_tokens or getattr(self.engine, "max_length", None)
+        return own if isinstance(own, int) else None
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the next token is sampled from, as far as the engine says."""
+        version = getattr(self.engine, "weight_version", 0)
+        return version if isinstance(version, int) else 0
 
 
 class ModelSource(Protocol):
@@ -186,5 +245,5 @@ def engine_stats(engine: StreamTokens) -> dict[str, Any]:
     found = stats()
     if isinstance(found, Mapping):
         return dict(found)
-    fields = getattr(found, "__struct_fields__", None) or getattr(found, "__dataclass_fields__", ())
-    return {name: getattr(found, name) for name in fields}
+    plain = msgspec.to_builtins(found)
+    return plain if isinstance(plain, dict) else {}

@@ -157,7 +157,7 @@ def _text_chunk(job: Job, index: int, text: str, finish: str | None = None) -> d
 
 def _delta_chunk(job: Job, choice: Choice, text: str, start: int) -> dict[str, Any]:
     if job.kind == "chat":
-        delta = {"content": text}
+        delta: dict[str, Any] = {"content": text}
         if choice.response is not None:
             delta = _said(choice)
             for number, call in enumerate(delta.get("tool_calls", ())):

@@ -65,7 +65,7 @@ class _Draining(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take the signals while serving; unlike uvicorn's own, do not raise them again afterwards: the end was clean."""
+        """Take the signals while serving. Unlike uvicorn's, it does not raise them again: the end was clean."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

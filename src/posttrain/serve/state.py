@@ -23,9 +23,7 @@ class ServeSettings(Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     max_body_bytes: Annotated[int, doc("largest request body, bytes", ge=1)] = 4 * 2**20
     request_timeout_s: Annotated[float, doc("longest generation, seconds", gt=0)] = 600.0
-    max_pending: Annotated[
-        int, doc("choices in work or waiting, over all requests; more are refused with 429", ge=1)
-    ] = 256
+    max_pending: Annotated[int, doc("choices in work or waiting; more are refused with 429", ge=1)] = 256
     max_choices: Annotated[int, doc("choices of one request: prompts × n", ge=1)] = 64
     feedback_scope: Annotated[str, doc("'key': feedback only with the key that got the answer; 'all': any key")] = "key"
 
@@ -75,7 +73,6 @@ class ServeState:
         self.num_requests = 0  # generation requests being answered
         self.pending = 0  # their choices
         self._typical_s = 1.0  # running mean of a request's duration
-        self._last_seen: dict[int, float] = {}  # choice → when its last token came
 
     def model(self, name: str) -> ServedModel:
         """The model of a request.
@@ -107,7 +104,7 @@ class ServeState:
             self.metrics.count("requests_rejected_total", reason="queue_full")
             raise ApiError(
                 429,
-                f"{self.pending} answers are pending, the limit is {self.settings.max_pending}; send it again later",
+                f"{self.pending} answers are pending, of {self.settings.max_pending} at most; send it again later",
                 code="queue_full",
                 headers=_retry(self._typical_s),
             )
@@ -120,10 +117,6 @@ class ServeState:
             self.pending -= num_choices
             self.num_requests -= 1
             self._typical_s += 0.1 * (asyncio.get_running_loop().time() - start - self._typical_s)
-
-    def observer(self, model: str, start_s: float) -> Observer:
-        """Latency metrics of one request; `start_s` by the event loop's clock."""
-        return Observer(self.metrics, model, start_s)
 
     def gauges(self) -> dict[str, dict[Labels, float]]:
         """Figures that are read when they are asked for."""
