@@ -161,7 +161,8 @@ async def in_daemon_thread(fn: Callable[..., Any], *arguments: Any) -> Any:
             done.set_exception(error)
 
     def work() -> None:
-        result, failure = None, None
+        result: Any = None
+        failure: BaseException | None = None
         try:
             result = fn(*arguments)
         except StopIteration as error:  # a Future refuses this one

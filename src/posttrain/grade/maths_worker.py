@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
 from typing import Any
 
+_DELIMITER = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 _MEMORY_BYTES = 4_000_000_000  # of address space
 _STEP_S = 5  # each step of math-verify (parsing, one comparison)
 # A worker whose parent died while it hung ends itself after this much CPU time on one job.
@@ -45,7 +47,7 @@ def judge(gold: str, answer: str) -> dict[str, Any]:
 
 def _delimited(gold: str) -> str:
     """Gold answers are bare LaTeX in most data sets; math-verify looks for it between delimiters."""
-    return gold if any(mark in gold for mark in ("$", "\\(", "\\[", "\\boxed")) else f"${gold}$"
+    return gold if _DELIMITER.search(gold) else f"\\boxed{{{gold}}}"
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ Extract = Literal["last", "####", "boxed"]
 
 # A run of digits is cut off here before it is made a number: longer ones are noise, and arithmetic on them is slow.
 _MAX_DIGITS = 60
+_ROUNDING = Fraction(1, 10**6)
 _MAX_CHARACTERS = 50_000  # only the end of a longer text is searched
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
@@ -82,19 +83,19 @@ class Number:
 
     Args:
         tolerance: largest difference that still counts as equal, relative to the gold number where that is above 1 in
-            size and absolute below.
+            size and absolute below. None: whole numbers must be equal, others within 1e-6.
         extract: which number of the answer counts: the last one in the text; the first one after the last `####`; or
             the one in the last `\\boxed{…}`. An answer without it scores 0.
         name: the grader's name.
     """
 
-    def __init__(self, tolerance: float = 1e-6, extract: Extract = "last", name: str = "number") -> None:
+    def __init__(self, tolerance: float | None = None, extract: Extract = "last", name: str = "number") -> None:
         if extract not in ("last", "####", "boxed"):
             raise ConfigError(f"grader {name!r}: extract must be 'last', '####' or 'boxed', not {extract!r}")
-        if not 0 <= tolerance < 1:
+        if tolerance is not None and not 0 <= tolerance < 1:
             raise ConfigError(f"grader {name!r}: tolerance must be at least 0 and below 1, not {tolerance}")
         self.name = name
-        self._tolerance = Fraction(tolerance)
+        self._tolerance = None if tolerance is None else Fraction(tolerance)
         self._extract = extract
 
     async def grade(self, trajectory: Trajectory) -> Grade:
@@ -104,7 +105,7 @@ class Number:
         given = self._read(answer_text(trajectory))
         if given is None:
             return binary(self.name, False, started_s, f"no number found ({self._extract})", answered=0.0)
-        correct = any(abs(given - gold) <= self._tolerance * max(1, abs(gold)) for gold in golds)
+        correct = any(self._same(given, gold) for gold in golds)
         return binary(self.name, correct, started_s, "" if correct else f"answered {_shown(given)}", answered=1.0)
 
     def cases(self) -> Sequence[GradeCase]:
@@ -121,6 +122,17 @@ class Number:
             *(right(case, form.format(text)) for case, text in good),
             *(wrong(case, form.format(text)) for case, text in bad),
         )
+
+    def _same(self, given: Fraction, gold: Fraction) -> bool:
+        if given == gold:
+            return True
+        tolerance = self._tolerance
+        if tolerance is None:
+            if given.denominator == gold.denominator == 1:
+                return False
+            tolerance = _ROUNDING
+        size = max(Fraction(1), abs(gold))
+        return abs(given - gold) <= tolerance * size
 
     def _read(self, text: str) -> Fraction | None:
         if self._extract == "last":

@@ -65,10 +65,10 @@ def _same_numbers(left: list[Row], right: list[Row], tolerance: float) -> bool:
         return False
     numbers = [position for position, value in enumerate(left[0]) if isinstance(value, float | int)]
 
-    def by_numbers(row: Row) -> list[object]:
-        return [row[position] for position in numbers]
+    def by_numbers(row: Row) -> list[float | int]:
+        return [value for value in (row[position] for position in numbers) if isinstance(value, float | int)]
 
-    left, right = sorted(left, key=by_numbers), sorted(right, key=by_numbers)  # type: ignore[arg-type]
+    left, right = sorted(left, key=by_numbers), sorted(right, key=by_numbers)
     if all(_same_row(one, other, tolerance) for one, other in zip(left, right, strict=True)):
         return True
     if len(left) > _MAX_PAIRING:

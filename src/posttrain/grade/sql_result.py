@@ -120,26 +120,19 @@ class SqlResult:
         good = [(bag, rows), (bag, f"```sql\n{rows};\n```"), (third, "SELECT 0.1 / 0.3")]
         if free:
             good.append((bag, "SELECT 2.0, 'y' UNION ALL SELECT 1, 'x' UNION ALL SELECT 2, 'y'"))
+        misses = [wrong(bag, text, why) for text, why in bad] + [wrong(third, "SELECT 0.33", "rounded")]
         if self._ordered is not False:
-            bad_order = (wrong(listed, f"SELECT a FROM ({rows}) ORDER BY a", "the other order"),)
-        else:
-            bad_order = ()
-        low = GradeCase(task=third, text="SELECT 0.33", low=0.0, high=self._executes_score, why="rounded")
+            misses.append(wrong(listed, f"SELECT a FROM ({rows}) ORDER BY a", "the other order"))
         return (
             *(right(task, text) for task, text in good),
-            *(
-                GradeCase(task=bag, text=text, low=0.0, high=max(0.0, self._executes_score), why=why)
-                for text, why in bad
-            ),
-            *(case.replace(high=self._executes_score) for case in bad_order),
-            low,
+            *(case.replace(high=self._executes_score) for case in misses),
         )
 
     def _paths(self, task: Task) -> tuple[Path, ...]:
         databases = self._databases
         if isinstance(databases, Mapping):
             name = task.facts.get("database")
-            if name not in databases:
+            if not isinstance(name, str) or name not in databases:
                 raise GradeError(f"task {task.id!r}: facts['database'] is {name!r}, none of {sorted(databases)}")
             databases = databases[name]
         elif callable(databases):

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from posttrain.core import GradeError
-from posttrain.grade.sql_compare import Row
+from posttrain.grade.sql_compare import Row, Value
 from posttrain.grade.sql_syntax import MAX_EXPANSION, expansion
 
 SAFE_FUNCTIONS = frozenset(
@@ -28,7 +28,7 @@ SAFE_FUNCTIONS = frozenset(
 )
 # Virtual tables that show the inside of the connection or file rather than its data.
 _FORBIDDEN_TABLES = re.compile(
-    r"pragma_|sqlite_(?!master$|schema$|sequence$|stat)|dbstat|fts3tokenize|fts5vocab|fts4aux"
+    r"pragma_|sqlite_(?!master$|schema$|sequence$|stat\d)|dbstat|fts3tokenize|fts5vocab|fts4aux"
 )
 _ALLOWED_ACTIONS = frozenset((sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE))
 _MAX_AUTHORISATIONS = 5_000  # what one query may ask for while it is compiled
@@ -38,6 +38,7 @@ _MAX_SQL = 20_000  # characters
 _STEPS = 5_000  # virtual machine steps between two looks at the clock
 _SLOW_STEPS = 200  # where a single step can take milliseconds
 _SLOW = re.compile(r"instr|replace", re.IGNORECASE)
+_EXPLAIN = re.compile(r"(?:\s|;|--[^\n]*\n|/\*.*?\*/)*explain\b", re.IGNORECASE | re.DOTALL)
 _WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{4,})")
 _TIME_DEPENDENT = re.compile(r"now|current_|date\s*\(|time\s*\(|julianday|unixepoch|strftime", re.IGNORECASE)
 
@@ -83,12 +84,19 @@ class _Session:
         )
         self._connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
         self._connection.execute("PRAGMA query_only = ON")
-        self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # not a database: says so here
+        self._open_virtual_tables()
         self._formats = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self._limit(self._connection, limits)
         self._limit(self._formats, limits)
         self._replace_functions()
         self._connection.set_authorizer(self._authorise)
+
+    def _open_virtual_tables(self) -> None:
+        """Virtual tables declare themselves when first named, which the authoriser would refuse."""
+        made = "SELECT name FROM sqlite_master WHERE type = 'table' AND sql LIKE 'create virtual%'"
+        quoted = ['"' + name.replace('"', '""') + '"' for (name,) in self._connection.execute(made).fetchall()]
+        for table in ("json_each('[]')", "json_tree('[]')", *quoted):
+            self._connection.execute(f"SELECT 1 FROM {table} LIMIT 0").fetchall()
 
     def close(self) -> None:
         self._connection.close()
@@ -176,19 +184,19 @@ class _Session:
     def _replace_functions(self) -> None:
         """Stand-ins for functions of which one call can take seconds, where nothing can interrupt it."""
 
-        def built_in(name: str, arguments: tuple[object, ...]) -> object:
+        def built_in(name: str, arguments: tuple[Value, ...]) -> Value:
             marks = ",".join("?" * len(arguments))
-            row: tuple[object, ...] = self._formats.execute(f"SELECT {name}({marks})", arguments).fetchone()
+            row: Row = self._formats.execute(f"SELECT {name}({marks})", arguments).fetchone()
             return row[0]
 
-        def formatted(*arguments: object) -> object:
+        def formatted(*arguments: Value) -> Value:
             if arguments and _WIDE_FORMAT.search(str(arguments[0])):
                 self._refused = "not allowed: printf or format with a width of more than 999"
                 raise ValueError(self._refused)
             return built_in("printf", arguments)
 
-        def trimmer(name: str, strip: Callable[[str, str], str]) -> Callable[[object, object], object]:
-            def trimmed(text: object, characters: object) -> object:
+        def trimmer(name: str, strip: Callable[[str, str], str]) -> Callable[[Value, Value], Value]:
+            def trimmed(text: Value, characters: Value) -> Value:
                 if isinstance(text, str) and isinstance(characters, str):
                     return strip(text, "".join(set(characters))) if characters else text
                 return built_in(name, (text, characters))
@@ -238,6 +246,8 @@ class QueryRunner:
         result = self.remembered(database, sql)
         if result is not None:
             return result
+        if _EXPLAIN.match(sql):
+            return QueryResult(error="not a query: EXPLAIN")
         if len(sql) > _MAX_SQL:
             return QueryResult(error=f"the query is longer than {_MAX_SQL} characters")
         if expansion(sql) > MAX_EXPANSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -166,14 +167,8 @@ class _Worker:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    _close_quietly(pipe)
-
-
-def _close_quietly(pipe: Any) -> None:
-    try:
-        pipe.close()
-    except BrokenPipeError:  # what was still to be written to a dead process
-        pass
+                    with contextlib.suppress(BrokenPipeError):  # what was still to be written to a dead process
+                        pipe.close()
 
 
 def _kill_all(workers: Sequence[_Worker]) -> None:

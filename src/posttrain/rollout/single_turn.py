@@ -80,10 +80,10 @@ async def run_groups(
 ) -> list[Group]:
     """Sample `sampling.n` trajectories for each task.
 
-    The seed of each group derives from `seed`, `step` and the task's id alone, so a step gives the same samples whatever
-    ran before it and in whatever order. Tokens, logprobs and weight versions are the sampler's, unchanged. A prompt that
-    cannot be made, a sampler that raises or answers nonsense, and a deadline that passes give failed trajectories in
-    their places, with `error`; only misuse (UsageError) is raised.
+    The seed of each group derives from `seed`, `step` and the task's id alone, so a step gives the same samples
+    whatever ran before it and in whatever order. Tokens, logprobs and weight versions are the sampler's, unchanged. A
+    prompt that cannot be made, a sampler that raises or answers nonsense, and a deadline that passes give failed
+    trajectories in their places, with `error`; only misuse (UsageError) is raised.
 
     Args:
         sampler: where completions come from.
