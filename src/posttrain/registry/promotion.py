@@ -24,7 +24,7 @@ class Gate(Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float, doc("the lower bound of candidate − champion must be above this (score units)", ge=-1.0)
     ] = 0.0
     confidence: Annotated[float, doc("least confidence of the comparison's interval", gt=0.0, lt=1.0)] = 0.95
-    max_p_value: Annotated[float | None, doc("largest p of McNemar's test; None: not asked")] = None
+    max_p_value: Annotated[float, doc("largest p of McNemar's exact test; 1 asks nothing", ge=0.0, le=1.0)] = 0.05
     min_samples: Annotated[int, doc("least number of independent tasks behind the numbers", ge=1)] = 30
     max_failed: Annotated[float, doc("largest fraction of samples that could not be graded", ge=0.0, le=1.0)] = 0.05
     require_no_contamination: Annotated[
@@ -87,7 +87,7 @@ class Gate(Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if gap.n < self.min_samples:
             found.append(f"the comparison rests on {gap.n} tasks, the gate asks for {self.min_samples}")
-        if self.max_p_value is not None and not comparison.p_value <= self.max_p_value:
+        if not comparison.p_value <= self.max_p_value:
             found.append(f"McNemar's p is {comparison.p_value:.4f}, the gate asks for at most {self.max_p_value:.4f}")
         return found
 
