@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
 import time
@@ -169,7 +170,7 @@ async def in_daemon_thread(fn: Callable[..., Any], *arguments: Any) -> Any:
             failure = GradeError(f"StopIteration: {error}")
         except BaseException as error:  # noqa: BLE001  it is raised again where the function is awaited
             failure = error
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
             loop.call_soon_threadsafe(settle, result, failure)
 
     threading.Thread(target=work, name="grader", daemon=True).start()

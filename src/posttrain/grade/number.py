@@ -19,14 +19,14 @@ _ROUNDING = Fraction(1, 10**6)
 _MAX_CHARACTERS = 50_000  # only the end of a longer text is searched
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|\.\d+)"
+_DECIMAL = rf"(?:{_DIGITS}(?:\.\d+)?|(?<![\w.])\.\d+)"
 _POWER_OF_TEN = r"(?:[eE](?P<exponent>[-+]?\d{1,3})(?!\d)|\s?(?:\*|×|x)\s?10\s?\^\s?(?P<power>-?\d{1,3})(?!\d))"
 # A sign counts where no operand stands before it: "10-5" holds 10 and 5, "= -5" and "$-5" hold -5.
 _NUMBER = re.compile(
     rf"""
-    (?<![\w^.])                                          # no part of a word, exponent or longer number
-    (?:(?<![\d)\]])(?P<sign>[-+])\s?)?                   # sign
-    [$€£¥]?\s?
+    (?<![\w^])(?<!\d\.)                                  # no part of a word, exponent or longer number
+    (?:(?<![\d)\]])(?P<sign>[-+]))?                      # sign
+    (?:[$€£¥]\s?)?
     (?:(?<![\d)\]])(?P<inner_sign>[-+]))?                # sign after the currency
     (?:
         (?:(?P<whole>\d{{1,9}})\s?)?\\frac\{{(?P<frac_top>-?{_DECIMAL})\}}\{{(?P<frac_bottom>-?{_DECIMAL})\}}
@@ -47,7 +47,7 @@ _REWRITES = (
     (re.compile(r"\^\s?\\circ|\\%|%|°|\\degree\b"), " "),
     (re.compile(r"\*\*(?=\D|$)|(?<!\d)\*\*(?=\d)|__|`"), " "),  # Markdown's bold and code, not a product
 )
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s?\{")
+_BRACE = re.compile(r"\\\\|\\[{}]|(?P<box>\\(?:boxed|fbox)\s?\{)|(?P<open>\{)|(?P<close>\})")
 
 
 def numbers_in(text: str) -> list[Fraction]:
@@ -65,14 +65,17 @@ def numbers_in(text: str) -> list[Fraction]:
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last `\\boxed{…}`, braces balanced; None where there is none or it never closes."""
-    for match in reversed(list(_BOXED.finditer(text))):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[match.end() : position]
-    return None
+    """What stands in the last `\\boxed{…}` that closes, braces balanced; None where there is none."""
+    opened: list[int] = []  # where what stands in a box begins; 0 for any other brace
+    start = end = 0
+    for match in _BRACE.finditer(text):
+        if match["box"] or match["open"]:
+            opened.append(match.end() if match["box"] else 0)
+        elif match["close"] and opened:
+            begins = opened.pop()
+            if begins > start:
+                start, end = begins, match.start()
+    return text[start:end] if start else None
 
 
 class Number:

@@ -23,7 +23,7 @@ from posttrain.grade.sql_syntax import ordered_at_top
 
 Databases = Path | Sequence[Path] | Mapping[str, Path | Sequence[Path]] | Callable[[Task], Sequence[Path]]
 
-_FENCE = re.compile(r"```[ \t]*(?:sql|sqlite|SQL|SQLite)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*+[\w+-]*+[ \t]*+\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def sql_in(text: str) -> str:

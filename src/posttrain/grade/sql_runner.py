@@ -38,7 +38,7 @@ _MAX_SQL = 20_000  # characters
 _STEPS = 5_000  # virtual machine steps between two looks at the clock
 _SLOW_STEPS = 200  # where a single step can take milliseconds
 _SLOW = re.compile(r"instr|replace", re.IGNORECASE)
-_EXPLAIN = re.compile(r"(?:\s|;|--[^\n]*\n|/\*.*?\*/)*explain\b", re.IGNORECASE | re.DOTALL)
+_EXPLAIN = re.compile(r"(?:\s|;|--[^\n]*\n|/\*(?:[^*]|\*(?!/))*\*/)*explain\b", re.IGNORECASE)
 _WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{4,})")
 _TIME_DEPENDENT = re.compile(r"now|current_|date\s*\(|time\s*\(|julianday|unixepoch|strftime", re.IGNORECASE)
 
