@@ -8,8 +8,7 @@ start   The sampler's prompt for the turn is P, the messages before it with the 
 end     After the end-of-turn token. It is what follows the turn's text both when the turn is the last message and when
         another follows: the longest common continuation, cut to whole markers.
 
-Where neither can be told, or the template does not show what the assistant wrote, a RenderError says so: a mask that is
-nearly right trains the wrong thing silently.
+Where either cannot be told, the caller refuses: a mask that is nearly right trains the wrong thing silently.
 """
 
 from __future__ import annotations
@@ -18,10 +17,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from posttrain.core import RenderError
-
 # What templates use as control tokens: <|eot_id|>, <｜end▁of▁sentence｜>, </s>, <end_of_turn>, [/INST], <tool_call>.
 MARKER = re.compile(r"<[^<>\s]{1,64}>|\[/?[A-Z_]+\]")
+
+# How templates open a chain of thought in the generation prompt.
+THOUGHT_OPENER = re.compile("think|thought|reason", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -91,36 +91,46 @@ def common_end(here: str, there: str, markers: Markers) -> str:
     return common if markers.ends_with_one(common) else ""
 
 
-def plain_turn_end(last: str, followed: str, markers: Markers) -> TurnEnd:
-    """The end of a plain turn, from what follows its text as last message and before a user's message."""
+def plain_turn_end(last: str, followed: str, markers: Markers, eos_texts: Sequence[str] = ()) -> TurnEnd:
+    """The end of a plain turn, from what follows its text as last message and before a user's message.
+
+    Args:
+        last: what follows the text of a turn that is the last message.
+        followed: what follows it before a user's message.
+        markers: finds control tokens.
+        eos_texts: what a template may write at the very end of a conversation.
+    """
     common = common_end(followed, last, markers)
-    if common:
+    left = last[len(common) :].strip()
+    if common and left in ("", *eos_texts):
         return TurnEnd(common, common)
-    if last.strip() and markers.leading(last):
-        return TurnEnd(markers.leading(followed), markers.leading(last))
+    ending = markers.leading(last)
+    if not common and ending and last.strip() == ending.strip():
+        return TurnEnd(markers.leading(followed), ending)
     return TurnEnd("", "")
 
 
-def local_start(segment: str, prompt_tail: str, where: str) -> int:
-    """How much of `segment` is the prompt's, where earlier messages were rendered differently.
+def local_start(segment: str, prompt_tail: str, header: str, markers: Markers) -> int | None:
+    """How much of `segment` is the prompt's, where earlier messages were rendered differently; None if it is unclear.
 
     Args:
-        segment: the text between the previous message's own text and the assistant's first.
+        segment: the template's text between the previous message's own text and the assistant's first.
         prompt_tail: what the sampler's prompt has after the previous message's own text.
-        where: names the turn in the error.
-
-    Raises:
-        RenderError: the two disagree.
+        header: what the generation prompt adds to a conversation: the header of an assistant's turn, and in some
+            templates the opening of a chain of thought, which turns without one do not show.
+        markers: finds control tokens.
     """
     if segment.startswith(prompt_tail):
         return len(prompt_tail)
     if prompt_tail.startswith(segment):
         return len(segment)
-    raise RenderError(
-        f"{where}: the chat template shows this turn after {segment[-80:]!r}, but prompts for it with "
-        f"{prompt_tail[-80:]!r}; what the assistant wrote cannot be told apart. Train this turn as the last of its "
-        "conversation (Renderer.render_turns), or give a template with {% generation %} marks"
-    )
+    for length in range(len(header), 0, -1):
+        at = segment.rfind(header[:length])
+        if at >= 0:
+            kept = min(markers.whole(header, length), markers.whole(segment, at + length) - at)
+            opened = not header[kept:].strip() or THOUGHT_OPENER.search(header[kept:])
+            return at + kept if kept > 0 and opened else None
+    return None
 
 
 def token_mask(

@@ -11,8 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from posttrain.core import RenderError
 
-# How GPT-4's and Qwen's tokenizers cut a text before merging: contractions, words with one leading mark or space, single
-# digits, punctuation with its line ends, runs of white space. Single digits make arithmetic learnable for small models.
+# How GPT-4's and Qwen's tokenizers cut a text before merging: contractions, words with one leading mark or space,
+# single digits, punctuation with its line ends, runs of white space. Single digits make arithmetic learnable.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -10,7 +10,8 @@ CHATML = """\
     {%- for tool in tools %}
         {{- '\\n' + (tool | tojson) }}
     {%- endfor %}
-    {{- '\\n</tools>\\nTo call one, write:\\n<tool_call>\\n{"name": <name>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}
+    {{- '\\n</tools>\\nTo call one, write:\\n<tool_call>\\n' }}
+    {{- '{"name": <name>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
@@ -18,14 +19,13 @@ CHATML = """\
         {%- if message.reasoning_content %}
             {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
         {%- endif %}
-        {{- message.content }}
+        {{- message.content or '' }}
         {%- for call in message.tool_calls or [] %}
             {{- '\\n' if message.content or not loop.first }}
             {{- '<tool_call>\\n{"name": ' + (call.function.name | tojson) }}
             {{- ', "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}
         {%- endfor %}
-        {{- '<|im_end|>' }}
-        {{- '\\n' }}
+        {{- '<|im_end|>\\n' }}
     {%- elif not (tools and loop.first and message.role == 'system') %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
     {%- endif %}

@@ -21,7 +21,7 @@ class Marked:
     """A marked rendering: its plain text, and for each mark the characters before it."""
 
     text: str
-    positions: dict[int, int]  # mark number → offset in `text`; a mark that came out twice or never is not there
+    positions: dict[int, int]  # mark number → offset in `text`; a content's mark that came out twice is not there
 
     def first(self, message: int) -> int | None:
         """Where the first text of a message begins, if any of it shows."""
@@ -70,7 +70,7 @@ class Marker:
     def mark(self, values: dict[str, Any], message: int) -> dict[str, Any]:
         """A copy of one template message with marks around its texts."""
         marked = dict(values)
-        marked["content"] = self._around(values["content"], message, 0)
+        marked["content"] = values["content"] and self._around(values["content"], message, 0)
         for key in ("reasoning_content", "thinking"):
             if key in values:
                 marked[key] = self._around(values[key], message, 1)
@@ -98,7 +98,9 @@ class Marker:
                 start = at + 1
                 seen.setdefault(ord(character) - self.base, []).append(length)
         plain.append(rendered[start:])
-        return Marked("".join(plain), {number: at[0] for number, at in seen.items() if len(at) == 1})
+        # A tool's name may come again in the header of its answer; the call is the first.
+        once = {number: at[0] for number, at in seen.items() if len(at) == 1 or number % MARKS_PER_MESSAGE >= 4}
+        return Marked("".join(plain), once)
 
     def _around(self, text: str, message: int, slot: int) -> str:
         """Marks inside the white space around a text, which templates strip.

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from posttrain.core import Message, Record, RenderError, Task, ToolSpec
-from posttrain.render.assistant_spans import Markers, token_mask
-from posttrain.render.conversation import as_messages
+from posttrain.render.assistant_spans import token_mask
+from posttrain.render.conversation import Conversation, as_messages
 from posttrain.render.prefix import PrefixReport, TurnPrefix, first_difference
+from posttrain.render.template_facts import TemplateFacts
 from posttrain.render.template_process import RenderedText, TemplateFailure, render_template
 from posttrain.render.tokenizer import Tokenizer
-from posttrain.render.turns import Conversation, Dropped, TurnFinder
+from posttrain.render.turns import Dropped, TurnFinder
 
 Prompt = Task | Sequence[Message] | Message | str
-GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class Rendered(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -58,7 +58,7 @@ class Renderer:
         eos = sorted(tokenizer.eos_ids)
         self._eos_texts = tuple(text for text in (tokenizer.token(number) for number in eos) if text)
         self._dropped: Dropped = dropped
-        self._finders: dict[str, TurnFinder] = {}
+        self._known: dict[str, TemplateFacts] = {}
 
     def render(
         self, messages: Sequence[Message], *, tools: Sequence[ToolSpec] = (), add_generation_prompt: bool = False
@@ -109,7 +109,7 @@ class Renderer:
         """`render_many` where a row that cannot be rendered is an error in its place, to be counted by the caller."""
         tools_each = _tools_each(tools, len(conversations))
         wanted = [
-            Conversation(tuple(messages), tuple(own), add_generation_prompt)
+            self._conversation(messages, own, add_generation_prompt)
             for messages, own in zip(conversations, tools_each, strict=True)
         ]
         results: list[Rendered | RenderError] = [RenderError("not rendered")] * len(wanted)
@@ -152,7 +152,7 @@ class Renderer:
             plain = prompt.prompt if isinstance(prompt, Task) else prompt
             texts.append(plain if isinstance(plain, str) else None)
             if not isinstance(plain, str):
-                chats.append(Conversation(as_messages(plain), tuple(own), True))
+                chats.append(self._conversation(as_messages(plain), own, True))
         rendered = iter(self._chat_texts(chats))
         ids = self.tokenizer.encode_batch([next(rendered) if text is None else text for text in texts])
         return [tuple(row) if text is None else self._with_prefix(row) for row, text in zip(ids, texts, strict=True)]
@@ -188,7 +188,7 @@ class Renderer:
         for name in ("default", "tool_use"):
             template = self.template or self.tokenizer.chat_templates.get(name)
             if template is not None:
-                ids = self.tokenizer.encode(self._finder(template).plain_end().at_end)
+                ids = self.tokenizer.encode(self._facts(template).turn_end.at_end)
                 stops.update(number for number in ids[-1:] if number in self._added_ids)
         return frozenset(stops)
 
@@ -199,7 +199,7 @@ class Renderer:
         as text and as tokens. Where it does not, a policy must not be trained on the whole rendering: its tokens are
         not those that were sampled. Use `render_turns`, or append tokens.
         """
-        conversation = Conversation(tuple(messages), tuple(tools))
+        conversation = self._conversation(messages, tools)
         turns = conversation.turns()
         template = self._template(bool(tools))
         whole, *prompts = self._texts_or_raise(
@@ -211,8 +211,8 @@ class Renderer:
         for turn, prompt in zip(turns, prompts, strict=True):
             target = conversation.messages[turn].replace(train=True)
             context = [message.replace(train=False) for message in conversation.messages[:turn]]
-            alone = Conversation((*context, target), conversation.tools)
-            as_last, *needed = self._texts(template, [alone.variables(), *finder.needed(alone)])
+            alone = replace(conversation, messages=(*context, target))
+            as_last, *needed = self._facts(template).texts([alone.variables(), *finder.needed(alone)])
             if isinstance(as_last, TemplateFailure):
                 raise as_last.error()
             end = finder.spans(alone, as_last.text, needed)[0][1]
@@ -233,7 +233,7 @@ class Renderer:
 
     def _render_with(self, template: str, conversations: Sequence[Conversation]) -> list[Rendered | RenderError]:
         finder = self._finder(template)
-        tagged = GENERATION_TAG.search(template) is not None
+        tagged = finder.facts.tagged
         rows: list[dict[str, Any]] = []
         sizes: list[int] = []
         problems: dict[int, RenderError] = {}
@@ -248,7 +248,7 @@ class Renderer:
                 problems[row], needed = error, []
             rows.extend([conversation.variables(), *needed])
             sizes.append(1 + len(needed))
-        rendered = self._texts(template, rows)
+        rendered = self._facts(template).texts(rows)
         found: list[tuple[str, list[tuple[int, int]]] | RenderError] = []
         at = 0
         for row, (conversation, size) in enumerate(zip(conversations, sizes, strict=True)):
@@ -330,43 +330,35 @@ class Renderer:
             )
         return template
 
-    def _finder(self, template: str) -> TurnFinder:
-        if template not in self._finders:
-            self._finders[template] = TurnFinder(
-                texts=lambda rows: self._texts(template, rows),
-                markers=Markers([*self._added, *self._eos_texts]),
-                eos_texts=self._eos_texts,
-                end_of_turn=self.end_of_turn,
-                dropped=self._dropped,
-            )
-        return self._finders[template]
+    def _facts(self, template: str) -> TemplateFacts:
+        if template not in self._known:
 
-    def _texts(self, template: str, rows: Sequence[dict[str, Any]]) -> list[RenderedText | TemplateFailure]:
-        """Render; after a conversation that ends with the assistant, write the end of turn if one was set."""
-        constants = {**self.tokenizer.special_tokens, "documents": None, **self.template_kwargs}
-        results = render_template(template, [{**constants, **row} for row in rows])
-        end = self.end_of_turn
-        if end is None:
-            return results
-        return [
-            RenderedText(result.text + end, result.generation)
-            if isinstance(result, RenderedText) and _ends_with_assistant(row) and not result.text.endswith(end)
-            else result
-            for row, result in zip(rows, results, strict=True)
-        ]
+            def render(rows: Sequence[dict[str, Any]]) -> list[RenderedText | TemplateFailure]:
+                constants = {**self.tokenizer.special_tokens, "documents": None, **self.template_kwargs}
+                return render_template(template, [{**constants, **row} for row in rows])
+
+            self._known[template] = TemplateFacts(template, render, list(self._added), self._eos_texts)
+            self._known[template].end_of_turn = self.end_of_turn
+        return self._known[template]
+
+    def _finder(self, template: str) -> TurnFinder:
+        return TurnFinder(self._facts(template), self._dropped)
+
+    def _conversation(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], add_generation_prompt: bool = False
+    ) -> Conversation:
+        if not any(message.tool_calls for message in messages):
+            return Conversation(tuple(messages), tuple(tools), add_generation_prompt)
+        form = self._facts(self._template(bool(tools))).call_form
+        return Conversation(tuple(messages), tuple(tools), add_generation_prompt, form)
 
     def _texts_or_raise(self, template: str, rows: Sequence[dict[str, Any]]) -> list[str]:
         texts = []
-        for result in self._texts(template, rows):
+        for result in self._facts(template).texts(rows):
             if isinstance(result, TemplateFailure):
                 raise result.error()
             texts.append(result.text)
         return texts
-
-
-def _ends_with_assistant(row: Mapping[str, Any]) -> bool:
-    messages = row["messages"]
-    return bool(messages) and messages[-1]["role"] == "assistant" and not row["add_generation_prompt"]
 
 
 def _tools_each(tools: Sequence[Any], count: int) -> list[Sequence[ToolSpec]]:

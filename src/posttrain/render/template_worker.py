@@ -1,10 +1,10 @@
 """The child process that renders chat templates. Run by path; imports only the standard library and jinja2.
 
-A chat template is a program that came with a model. Jinja's sandbox keeps it from the interpreter's internals, but bounds
-neither time nor memory, so it runs here, under limits that the kernel enforces, with an empty environment.
+A chat template is a program that came with a model. Jinja's sandbox keeps it from the interpreter's internals, but
+bounds neither time nor memory, so it runs here, under limits that the kernel enforces, with an empty environment.
 
 Frames on stdin and stdout: four bytes of length (big endian), then JSON. A request is
-    {"template": text, "rows": [variables, …], "cpu_s": seconds}
+    {"template": text, "rows": [variables, …], "cpu_s": seconds, "max_characters": count}
 and is answered by one frame per row, in order:
     {"text": …, "generation": [[start, end], …]}   or   {"error": kind, "message": …}
 `generation` holds the character spans of the template's {% generation %} blocks.

@@ -1,7 +1,7 @@
 """The tokenizer: text ↔ token ids, read from and written to Hugging Face folders.
 
-A thin hull around the `tokenizers` library. It adds what a folder says besides `tokenizer.json`: the special tokens' names,
-which ids end a sequence (tokenizer, config.json and generation_config.json each have a say), and the chat templates.
+A thin hull around the `tokenizers` library. It adds what a folder says besides `tokenizer.json`: the special tokens'
+names, which ids end a sequence (tokenizer, config.json and generation_config.json each have a say), the chat templates.
 """
 
 from __future__ import annotations
