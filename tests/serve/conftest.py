@@ -67,7 +67,9 @@ class PacedEngine:
 
     max_length = 4096
 
-    def __init__(self, answer: Callable[[str], str] = lambda prompt: f"echo {prompt[-40:]}", step_s: float = 0.0) -> None:
+    def __init__(
+        self, answer: Callable[[str], str] = lambda prompt: f"echo {prompt[-40:]}", step_s: float = 0.0
+    ) -> None:
         self.answer, self.step_s = answer, step_s
         self.running = 0
         self.peak = 0

@@ -91,7 +91,9 @@ def test_chat_logprobs_are_the_models_own(client: openai.OpenAI) -> None:
     assert [(top.token, top.logprob) for top in second.top_logprobs] == [("c", -0.25), ("z", -2.0)]
     assert client.chat.completions.create(model="tiny", messages=HELLO).choices[0].logprobs is None
     chunks = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=3, logprobs=True, stream=True)
-    streamed = [token.token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    streamed = [
+        token.token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content
+    ]
     assert streamed == ["e", "c", "h"]
 
 
@@ -162,7 +164,6 @@ def test_an_engine_that_fails_within_a_stream_tells_so(client: openai.OpenAI, en
     assert "secret inside" in logged.metadata["error"]  # kept for the operator
 
 
-
 def test_fifty_concurrent_requests_are_each_logged_once(server: serve.Server, store: FeedbackStore, engine) -> None:
     async def ask_all() -> list[str]:
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="key-a", max_retries=0) as client:
@@ -222,7 +223,8 @@ def test_a_full_queue_answers_429_with_retry_after(model: serve.ServedModel, eng
     with serve.Server(app) as server, httpx.Client(base_url=server.url) as client:
         body = {"model": "tiny", "messages": HELLO, "stream": True, "n": 2}
         with client.stream("POST", "/v1/chat/completions", json=body) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()
+            next(lines)
             refused = httpx.post(server.url + "/v1/chat/completions", json=body)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1

@@ -58,8 +58,9 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_LATER[name]), name)
     except ModuleNotFoundError as error:
-        if error.name in ("starlette", "uvicorn"):
-            raise MissingExtraError(error.name, "serve", f"serve.{name}") from error
+        package = (error.name or "").partition(".")[0]
+        if package in ("starlette", "uvicorn"):
+            raise MissingExtraError(package, "serve", f"serve.{name}") from error
         raise
 
 
