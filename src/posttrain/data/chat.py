@@ -230,8 +230,8 @@ def _tool_spec(item: object) -> ToolSpec:
         raise RowFault("tools", "has a tool that is not an object", type(item).__name__)
     inner = item.get("function") if isinstance(item.get("function"), Mapping) else item
     assert isinstance(inner, Mapping)
-    name, description = inner.get("name"), inner.get("description") or ""
-    parameters = inner.get("parameters") or {}
+    name, description, parameters = (inner.get(key) for key in ("name", "description", "parameters"))
+    description, parameters = "" if description is None else description, {} if parameters is None else parameters
     if not isinstance(name, str) or not name:
         raise RowFault("tools", "has a tool without name")
     if not isinstance(description, str) or not isinstance(parameters, dict):

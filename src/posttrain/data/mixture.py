@@ -115,7 +115,11 @@ class Mixture(Generic[T]):
             "step": self.step,
             "settings": self._settings(),
             "sources": {
-                name: {"epoch": source.epoch, "drawn": source.drawn, "last": _fingerprint(last)}
+                name: {
+                    "epoch": source.epoch,
+                    "drawn": source.drawn,
+                    "last": _fingerprint(last) if source.drawn else None,
+                }
                 for name, source, last in zip(self.names, self._sources, self._last, strict=True)
             },
         }

@@ -53,6 +53,11 @@ class Stream(Generic[T_co]):
         self.early_check = early_check
         self._tally = Tally(path)
         find_files(path, split=split)  # a wrong path is refused here, not at the first row
+        if self.quarantine is not None and Path(path).is_dir() and self._holds(self.quarantine):
+            raise UsageError(f"quarantine file {self.quarantine} lies in {path}, where it would be read as data")
+
+    def _holds(self, file: Path) -> bool:
+        return Path(self.path).resolve() in file.resolve().parents
 
     def __iter__(self) -> Iterator[T_co]:
         tally = self._tally = Tally(self.path)
@@ -69,28 +74,31 @@ class Stream(Generic[T_co]):
 
     def _converted(self, tally: Tally, quarantine: Quarantine) -> Iterator[tuple[TypedRow, ...]]:
         scanned = scan(self.path, limit=self.limit, split=self.split)
-        for file, group in itertools.groupby(scanned, key=lambda row: row.file):
+        for file, rows in itertools.groupby(scanned, key=lambda row: row.file):
             tally.files.append(file)
-            plan: _Plan | None = None
-            ahead: list[Scanned] = []
-            for row in group:
-                if plan is None and isinstance(row, Row):
-                    ahead = [row, *itertools.islice(group, LOOK_AHEAD - 1)]
-                    plan = self._plan(file, ahead, tally)
-                for one in ahead or [row]:
-                    tally.read += 1
-                    result = self._one(one, plan)
-                    if isinstance(result, BadRow):
-                        tally.add_bad(result)
-                        quarantine.write(result)
-                        self._check(tally, final=False)
-                    else:
-                        tally.clean += 1
-                        yield result
-                ahead = []
+            for row, plan in self._planned(file, rows, tally):
+                tally.read += 1
+                result = self._one(row, plan)
+                if isinstance(result, BadRow):
+                    tally.add_bad(result)
+                    quarantine.write(result)
+                    self._check(tally, final=False)
+                else:
+                    tally.clean += 1
+                    yield result
+
+    def _planned(self, file: str, rows: Iterator[Scanned], tally: Tally) -> Iterator[tuple[Scanned, _Plan | None]]:
+        """The rows of one file with the plan for them, which is made at the first row that could be parsed."""
+        for row in rows:
+            if isinstance(row, Row):
+                ahead = [row, *itertools.islice(rows, LOOK_AHEAD - 1)]
+                plan = self._plan(file, ahead, tally)
+                yield from ((one, plan) for one in itertools.chain(ahead, rows))
+            else:
+                yield row, None
 
     def _plan(self, file: str, ahead: Sequence[Scanned], tally: Tally) -> _Plan:
-        """How to convert one file, by the vote of the first rows that could be parsed, of which there is at least one."""
+        """How to convert one file, by the vote of its first rows, the first of which could be parsed."""
         values = [row.values for row in ahead if isinstance(row, Row)]
         union = {name: value for row in reversed(values) for name, value in row.items()}
         self.columns.check(union, file)
@@ -128,9 +136,10 @@ class Stream(Generic[T_co]):
     def _check(self, tally: Tally, *, final: bool) -> None:
         due = final or (self.early_check is not None and tally.read >= self.early_check)
         if due and tally.bad > self.max_bad * tally.read:
+            report = tally.report(self.kind or tally.kind or "")
             where = f"all of them are in {self.quarantine}" if self.quarantine else "quarantine=FILE collects them"
             raise DataError(
-                f"{self.path}: more bad rows than max_bad={self.max_bad:g} allows; {where}\n{self.report.summary()}"
+                f"{self.path}: more bad rows than max_bad={self.max_bad:g} allows; {where}\n{report.summary()}"
             )
 
 
