@@ -123,7 +123,7 @@ class PacedEngine:
         text = "" if reason in (StopReason.EOS, StopReason.STOP) else answer[step]
         completion = None
         if reason is not None:
-            tokens = tuple(map(ord, answer[:step])) + (token,)
+            tokens = (*map(ord, answer[:step]), token)
             completion = Completion(
                 tokens=tokens,
                 logprobs=(-0.5,) * len(tokens),

@@ -105,15 +105,46 @@ def field(app: Any, **change: Any) -> tuple[int, str | None]:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", "hot"), ("temperature", -0.1), ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("max_tokens", 0),
-        ("max_tokens", -5), ("max_tokens", 1.5), ("max_tokens", 10**30), ("n", 0), ("n", 65), ("n", "2"), ("seed", 2**63),
-        ("seed", 0.5), ("stop", 5), ("stop", [""]), ("stop", ["x"] * 17), ("stream", "yes"), ("top_logprobs", 21),
-        ("top_logprobs", 1), ("min_p", 2), ("top_k", -2), ("user", 7), ("stream_options", {"include_usage": True}),
-        ("model", 5), ("model", ""), ("messages", "hi"), ("messages", []), ("logit_bias", {"5": 1}), ("frobnicate", 1),
-        ("response_format", {"type": "json_schema"}), ("presence_penalty", 0.1), ("tools", 5), ("tool_choice", "required"),
-        ("stop_token_ids", [-1]), ("stop_token_ids", [10**6]), ("metadata", {"a": 1}), ("n", []),
+        ("temperature", "hot"),
+        ("temperature", -0.1),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("max_tokens", 0),
+        ("max_tokens", -5),
+        ("max_tokens", 1.5),
+        ("max_tokens", 10**30),
+        ("n", 0),
+        ("n", 65),
+        ("n", "2"),
+        ("seed", 2**63),
+        ("seed", 0.5),
+        ("stop", 5),
+        ("stop", [""]),
+        ("stop", ["x"] * 17),
+        ("stream", "yes"),
+        ("top_logprobs", 21),
+        ("top_logprobs", 1),
+        ("min_p", 2),
+        ("top_k", -2),
+        ("user", 7),
+        ("stream_options", {"include_usage": True}),
+        ("model", 5),
+        ("model", ""),
+        ("messages", "hi"),
+        ("messages", []),
+        ("logit_bias", {"5": 1}),
+        ("frobnicate", 1),
+        ("response_format", {"type": "json_schema"}),
+        ("presence_penalty", 0.1),
+        ("tools", 5),
+        ("tool_choice", "required"),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [10**6]),
+        ("metadata", {"a": 1}),
+        ("n", []),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_field_is_400_and_named(app: Any, name: str, value: Any) -> None:
     status, param = field(app, **{name: value})
     assert status == 400
@@ -148,10 +179,20 @@ def test_a_clients_own_answer_may_be_sent_back(app: Any, store: FeedbackStore) -
 
 
 NO_REQUESTS = [
-    b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b'{"temperature": NaN, "model": "tiny"}',
-    b'{"a":' * 5000 + b"1" + b"}" * 5000, b"[" * 100_000, b'{"model": "\\ud800"}', b'{"temperature": 1e999}',
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"x"',
+    b"\xff\xfe",
+    b'{"model": NaN}',
+    b'{"temperature": NaN, "model": "tiny"}',
+    b'{"a":' * 5000 + b"1" + b"}" * 5000,
+    b"[" * 100_000,
+    b'{"model": "\\ud800"}',
+    b'{"temperature": 1e999}',
     b'{"model":"tiny","messages":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/feedback"])

@@ -26,9 +26,16 @@ def tokenizer() -> render.Tokenizer:
 @pytest.fixture(scope="module")
 def local(tokenizer: render.Tokenizer) -> Iterator[engine.LocalEngine]:
     config = models.DecoderConfig(
-        vocab_size=300, width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_width=64, max_positions=2048,
+        vocab_size=300,
+        width=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        mlp_width=64,
+        max_positions=2048,
         init_std=0.2,
-    )  # fmt: skip
+    )
     with engine.LocalEngine(models.Decoder.random(config), tokenizer, max_batch=4) as running:
         yield running
 
@@ -36,9 +43,9 @@ def local(tokenizer: render.Tokenizer) -> Iterator[engine.LocalEngine]:
 @pytest.fixture
 def client(local: engine.LocalEngine, tokenizer: render.Tokenizer, store: FeedbackStore) -> Iterator[openai.OpenAI]:
     model = serve.ServedModel(name="tiny", engine=local, renderer=render.Renderer(tokenizer))
-    with serve.Server(serve.create_app({"tiny": model}, store=store)) as server:
-        with openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as opened:
-            yield opened
+    server = serve.Server(serve.create_app({"tiny": model}, store=store)).start()
+    with server, openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0) as opened:
+        yield opened
 
 
 def test_the_api_gives_what_the_engine_gives(

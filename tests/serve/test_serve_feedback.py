@@ -30,10 +30,14 @@ def ask(client: httpx.Client, **change: Any) -> str:
 def test_each_signal_is_stored_and_read_back(client: httpx.Client, store: FeedbackStore) -> None:
     completion = ask(client, n=2)
     signals = [
-        ({"thumb": "up"}, True), ({"thumb": False}, False), ({"rating": 4}, 4.0), ({"correction": "better"}, "better"),
-        ({"label": {"name": "resolved", "value": True}}, True), ({"preferred": True, "rejected": {"choice": 1}}, None),
+        ({"thumb": "up"}, True),
+        ({"thumb": False}, False),
+        ({"rating": 4}, 4.0),
+        ({"correction": "better"}, "better"),
+        ({"label": {"name": "resolved", "value": True}}, True),
+        ({"preferred": True, "rejected": {"choice": 1}}, None),
         ({"preferred": "tie_bad", "rejected": {"choice": 1}}, "tie_bad"),
-    ]  # fmt: skip
+    ]
     for signal, value in signals:
         answer = client.post("/v1/feedback", json={"completion_id": completion, "source": "ann", **signal})
         assert answer.status_code == 201, answer.text
@@ -67,12 +71,23 @@ def test_unknown_and_foreign_completions_are_404(client: httpx.Client, server: s
 @pytest.mark.parametrize(
     "body",
     [
-        {}, {"thumb": True, "rating": 3}, {"thumb": None}, {"thumb": "sideways"}, {"rating": "good"}, {"correction": ""},
-        {"label": {"name": "", "value": 1}}, {"label": {"name": "x"}}, {"preferred": True}, {"preferred": False,
-        "rejected": {"choice": 1}}, {"preferred": True, "rejected": {"choice": 0}}, {"thumb": True, "rejected": {}},
-        {"thumb": True, "choice": -1}, {"thumb": True, "extra": 1}, {"thumb": True, "source": ""},
+        {},
+        {"thumb": True, "rating": 3},
+        {"thumb": None},
+        {"thumb": "sideways"},
+        {"rating": "good"},
+        {"correction": ""},
+        {"label": {"name": "", "value": 1}},
+        {"label": {"name": "x"}},
+        {"preferred": True},
+        {"preferred": False, "rejected": {"choice": 1}},
+        {"preferred": True, "rejected": {"choice": 0}},
+        {"thumb": True, "rejected": {}},
+        {"thumb": True, "choice": -1},
+        {"thumb": True, "extra": 1},
+        {"thumb": True, "source": ""},
     ],
-)  # fmt: skip
+)
 def test_wrong_signals_are_400(client: httpx.Client, store: FeedbackStore, body: dict[str, Any]) -> None:
     completion = ask(client, n=2)
     answer = client.post("/v1/feedback", json={"completion_id": completion, **body})
@@ -88,11 +103,13 @@ def test_without_a_store_there_is_no_feedback(model: serve.ServedModel) -> None:
 
 def test_from_answers_to_a_data_set_over_a_restart(model: serve.ServedModel, tmp_path: Path) -> None:
     path = tmp_path / "flywheel.db"
-    with FeedbackStore(path) as store, serve.Server(serve.create_app({"tiny": model}, store=store)) as server:
-        with httpx.Client(base_url=server.url) as client:
+    with FeedbackStore(path) as store:
+        server = serve.Server(serve.create_app({"tiny": model}, store=store)).start()
+        with server, httpx.Client(base_url=server.url) as client:
             liked, edited = ask(client), ask(client, n=2, messages=[{"role": "user", "content": "mail me@x.org"}])
-    with FeedbackStore(path) as store, serve.Server(serve.create_app({"tiny": model}, store=store)) as server:
-        with httpx.Client(base_url=server.url) as client:
+    with FeedbackStore(path) as store:
+        server = serve.Server(serve.create_app({"tiny": model}, store=store)).start()
+        with server, httpx.Client(base_url=server.url) as client:
             for body in (
                 {"completion_id": liked, "thumb": True},
                 {"completion_id": edited, "correction": "write to me@x.org"},

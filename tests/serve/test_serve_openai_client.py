@@ -68,9 +68,16 @@ def test_chat_stream_gives_the_same_text_role_finish_and_usage(client: openai.Op
 
 def test_n_stop_max_tokens_and_sampling_reach_the_engine(client: openai.OpenAI, engine) -> None:
     answer = client.chat.completions.create(
-        model="tiny", messages=HELLO, n=3, stop=["<assis"], temperature=0.5, top_p=0.9, seed=7,
-        max_completion_tokens=99, extra_body={"top_k": 5, "min_p": 0.1, "return_token_ids": True},
-    )  # fmt: skip
+        model="tiny",
+        messages=HELLO,
+        n=3,
+        stop=["<assis"],
+        temperature=0.5,
+        top_p=0.9,
+        seed=7,
+        max_completion_tokens=99,
+        extra_body={"top_k": 5, "min_p": 0.1, "return_token_ids": True},
+    )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert {choice.message.content for choice in answer.choices} == {"echo <user>hello"}
     sampling = engine.requests[-1].sampling
@@ -136,8 +143,8 @@ def test_errors_raise_the_clients_own_classes(client: openai.OpenAI, server: ser
     with pytest.raises(openai.BadRequestError) as unsupported:
         client.chat.completions.create(model="tiny", messages=HELLO, response_format={"type": "json_object"})
     assert unsupported.value.param == "response_format"
+    image = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
     with pytest.raises(openai.BadRequestError, match="image_url"):
-        image = [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": image}])
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5000)

@@ -94,12 +94,14 @@ def test_sigterm_is_not_ready_at_once_drains_and_ends_cleanly(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_what_is_not_done_at_the_deadline_is_cancelled_and_logged(tmp_path: Path) -> None:
-    with process(tmp_path / "store.db", step_s=1.0, drain_s=0.5) as (child, url):
-        with httpx.stream("POST", url + "/v1/chat/completions", json=CHAT) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            os.kill(child.pid, signal.SIGTERM)
-            assert child.wait(timeout=15) == 0
+    with (
+        process(tmp_path / "store.db", step_s=1.0, drain_s=0.5) as (child, url),
+        httpx.stream("POST", url + "/v1/chat/completions", json=CHAT) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.wait(timeout=15) == 0
     with FeedbackStore(tmp_path / "store.db") as store:
         (logged,) = store.interactions().items
     assert logged.stop_reason is StopReason.CANCELLED

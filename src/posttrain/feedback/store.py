@@ -48,6 +48,8 @@ CREATE INDEX feedback_by_rejected ON feedback (rejected_id) WHERE rejected_id IS
 CREATE INDEX feedback_by_kind ON feedback (kind);
 """
 TIES = ("tie_good", "tie_bad")
+# Left alone, SQLite would walk the rows in order until it meets the first that is young enough.
+FIRST_SINCE = "SELECT min(seq) FROM interactions INDEXED BY interactions_by_time WHERE created_s >= ?"
 _INTERACTION = "body, prompt_tokens, tokens, logprobs"
 _BUSY_S = 30.0
 
@@ -95,22 +97,29 @@ class FeedbackStore:
             raise
 
     def _prepare(self) -> None:
+        connection = self._connection
         try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            with _transaction(self._connection):
-                (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-                tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-                if version == 0 and tables == 0:
-                    for statement in SCHEMA.split(";"):
-                        self._connection.execute(statement)
-                    self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                    version = SCHEMA_VERSION
+            if self._version() is None:
+                connection.execute("PRAGMA journal_mode = WAL")
+                with _transaction(connection):
+                    if self._version() is None:  # nobody else was quicker
+                        for statement in SCHEMA.split(";"):
+                            connection.execute(statement)
+                        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged survives a power cut
+            version = self._version()
         except sqlite3.DatabaseError as error:
             raise DataError(f"{self.path}: not a feedback store: {error}. Give the path of a new file") from error
         if version != SCHEMA_VERSION:
             raise DataError(
                 f"{self.path}: a feedback store of version {version}; this release reads version {SCHEMA_VERSION}"
             )
+
+    def _version(self) -> int | None:
+        """The schema's version; None of an empty file."""
+        version: int = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        tables = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        return version if version or tables else None
 
     def log(self, interaction: Interaction) -> None:
         """Store one served answer; see `log_many`."""
@@ -184,7 +193,7 @@ class FeedbackStore:
             values.append(model)
         if since_s is not None:
             # The first row of that time, found in the index, spares a walk over all earlier rows.
-            first = self._rows("SELECT min(seq) FROM interactions WHERE created_s >= ?", (since_s,))[0][0]
+            first = self._rows(FIRST_SINCE, (since_s,))[0][0]
             where += ["created_s >= ?", "seq >= ?"]
             values += [since_s, first or 0]
         sql = f"SELECT seq, {_INTERACTION} FROM interactions WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?"
@@ -317,11 +326,9 @@ def check_feedback(feedback: Feedback) -> None:
 
 def _connect(path: Path) -> sqlite3.Connection:
     try:
-        connection = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
+        return sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
     except sqlite3.Error as error:
         raise DataError(f"{path}: cannot be opened: {error}") from error
-    connection.execute("PRAGMA synchronous = FULL")  # an answer that was acknowledged survives a power cut
-    return connection
 
 
 @contextmanager
