@@ -167,27 +167,28 @@ BAD: list[tuple[Any, str, str]] = [
     ('{"prompt": "p", "completion": "\\udc00"}', "", "lone surrogate"),
     ({"prompt": "p", "completion": "c", "tools": "[{]"}, "tools", "has text that should be JSON and is not"),
     ("[]", "", "not a JSON object"),
+    ({"prompt": "<image> what is it?", "completion": "c", "images": ["a.png"]}, "images", "holds media"),
 ]
 
 
 def test_quarantine_tells_file_line_field_cause_and_row(jsonl: Write, tmp_path: Path) -> None:
-    rows: list[Any] = [{"prompt": "p", "completion": "c"}] * 10 + [row for row, _, _ in BAD]
+    rows: list[Any] = [{"prompt": "p", "completion": "c"}] * 11 + [row for row, _, _ in BAD]
     path = jsonl(rows)
     aside = tmp_path / "aside" / "bad.jsonl"
     loaded = data.load(path, quarantine=aside, max_bad=0.5)
-    assert len(loaded) == 10
+    assert len(loaded) == 11
     written = [data.BadRow.from_json(line) for line in aside.read_bytes().splitlines()]
     assert len(written) == len(BAD) == loaded.report.num_bad
-    for number, (bad, (row, field, cause)) in enumerate(zip(written, BAD, strict=True), 11):
+    for number, (bad, (row, field, cause)) in enumerate(zip(written, BAD, strict=True), 12):
         assert (bad.file, bad.line, bad.field) == ("rows.jsonl", number, field)
         assert bad.cause.startswith(cause)
         assert bad.raw == (row if isinstance(row, str) else json.dumps(row)), "the row can be mended and put back"
     assert loaded.report.bad == tuple(written)
-    assert "20 rows read, 10 used, 10 bad (50.0 %)" in loaded.report.summary()
+    assert "22 rows read, 11 used, 11 bad (50.0 %)" in loaded.report.summary()
     with pytest.raises(DataError) as caught:
         data.load(path, quarantine=aside)
     assert "more bad rows than max_bad=0.05 allows" in str(caught.value)
-    assert "1 × completion: is empty (rows.jsonl:14)" in str(caught.value)
+    assert "1 × completion: is empty (rows.jsonl:15)" in str(caught.value)
     data.load(jsonl([rows[0]]), quarantine=aside)
     assert aside.read_bytes() == b"", "a clean pass leaves no stale bad rows behind"
 
@@ -281,7 +282,7 @@ LINE = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(LINE, max_size=12))
 def test_every_row_is_either_clean_or_in_the_quarantine(tmp_path: Path, lines: list[str]) -> None:
     lines = ['{"prompt": "p", "completion": "c"}'] * 33 + lines  # decide the format
@@ -299,5 +300,6 @@ def test_every_row_is_either_clean_or_in_the_quarantine(tmp_path: Path, lines: l
     assert not used & aside_lines
     assert used | aside_lines == {number for number, line in enumerate(lines, 1) if line.encode().strip()}
     for row in loaded:
-        assert row.prompt and row.completion
+        assert row.prompt
+        assert row.completion
         assert data.CompletionRow.from_json(row.to_json()) == row

@@ -34,7 +34,7 @@ def test_saved_dataset(tmp_path: Path) -> None:
     assert len(loaded) == 2500
     assert len({row.id for row in loaded}) == 2500
     (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
-    with pytest.raises(DataError, match="data-00001-of-00003.arrow, which is not there"):
+    with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow, which is not there"):
         list(data.read_rows(tmp_path / "saved"))
 
 

@@ -13,6 +13,8 @@ from posttrain.data.pairs import label_rows, pairwise_rows, preference_rows
 from posttrain.data.questions import answer_of, choice_rows, instruction_rows, question_rows, rest
 from posttrain.data.rows import CompletionRow, Kind, PromptRow, RowFault, StepsRow, TextRow, TypedRow
 
+MEDIA_COLUMNS = ("images", "videos", "audios")  # without them the texts that speak of them make no sense
+
 
 def convert(
     values: Mapping[str, Any], dataset_type: DatasetType, columns: tuple[str, ...], kind: Kind, row_id: str
@@ -29,6 +31,9 @@ def convert(
     Raises:
         RowFault: something is missing, of the wrong type, empty or nonsensical; names the column.
     """
+    for field in MEDIA_COLUMNS:
+        if values.get(field):
+            raise RowFault(field, "holds media, which text models cannot be trained on")
     rows = _convert(values, dataset_type, columns, kind, row_id)
     for row in rows:
         _must_be_storable(row)
