@@ -1,12 +1,28 @@
 """engine: tokens → tokens.
 
-Takes a decoder (or the address of a server) and sample requests, gives completions with exact tokens and logprobs.
-`LocalEngine` samples here, with continuous batching.
-May import: core, models, torch.
+Takes a decoder (or a server's address, or a script) and sample requests; gives completions with exact tokens, their
+logprobs and the version of the weights that wrote them. `LocalEngine` samples here, with continuous batching;
+`RemoteEngine` from an OpenAI-compatible server; `ScriptedEngine` says what it is told. May import: core, models, torch.
 """
 
+from posttrain.engine.chat import EngineChat, HasTokens, NamesStopTokens, RemoteChat, RendersMessages
 from posttrain.engine.generation import Generation, StreamEvent
+from posttrain.engine.http import RemoteFailure
 from posttrain.engine.local import EngineStats, LocalEngine
+from posttrain.engine.remote import RemoteEngine
 from posttrain.engine.scripted import ScriptedEngine
 
-__all__ = ["EngineStats", "Generation", "LocalEngine", "ScriptedEngine", "StreamEvent"]
+__all__ = [
+    "EngineChat",
+    "EngineStats",
+    "Generation",
+    "HasTokens",
+    "LocalEngine",
+    "NamesStopTokens",
+    "RemoteChat",
+    "RemoteEngine",
+    "RemoteFailure",
+    "RendersMessages",
+    "ScriptedEngine",
+    "StreamEvent",
+]

@@ -69,7 +69,9 @@ class Generation:
             EngineError: they were not finished after `timeout_s`; the request goes on.
         """
         if not self._done.wait(timeout_s):
-            raise EngineError(f"request {self.request.id!r} is not finished after {timeout_s} s; wait longer or cancel it")
+            raise EngineError(
+                f"request {self.request.id!r} is not finished after {timeout_s} s; wait longer or cancel it"
+            )
         return [completion for completion in self._completions if completion is not None]
 
     async def wait(self) -> list[Completion]:

@@ -14,7 +14,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from posttrain.core import Completion, EngineError, Record, SampleRequest, Sampling, StopReason, TextTokenizer, derive_seed
+from posttrain.core import (
+    Completion,
+    EngineError,
+    Record,
+    SampleRequest,
+    Sampling,
+    StopReason,
+    TextTokenizer,
+    derive_seed,
+)
 from posttrain.engine.generation import Generation, StreamEvent
 from posttrain.engine.stepper import Stepper
 from posttrain.models import Decoder
@@ -130,9 +139,7 @@ class LocalEngine:
         for place, prompt in enumerate(prompts):
             tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             own = None if sampling.seed is None else derive_seed(sampling.seed, "prompt", place)
-            requests.append(
-                SampleRequest(prompt=tuple(tokens), sampling=sampling.replace(seed=own), id=str(place))
-            )
+            requests.append(SampleRequest(prompt=tuple(tokens), sampling=sampling.replace(seed=own), id=str(place)))
         generations = [self._prepare(request) for request in requests]
         self._add(generations)
         return [completion for generation in generations for completion in generation.result()]
@@ -197,7 +204,9 @@ class LocalEngine:
             EngineError: a name or shape is not the model's, or None was given to an engine that samples from a copy.
         """
         if source is None and self._copies:
-            raise EngineError("this engine samples from a copy of the weights: give update_weights the model or tensors")
+            raise EngineError(
+                "this engine samples from a copy of the weights: give update_weights the model or tensors"
+            )
         done: Future[None] = Future()
 
         def swap() -> None:
@@ -250,13 +259,9 @@ class LocalEngine:
             self._changed.notify_all()
         if thread is not None:
             thread.join()
-        stepper = self._stepper
         while self._inbox:
             self._inbox.popleft()()
-        pending = [prompt.generation for prompt in (*stepper.ready, *stepper.reader.long)]
-        running = [row.generation for row in stepper.rows.rows if row is not None]
-        for generation in [*stepper.waiting, *pending, *running]:
-            stepper.withdraw(generation, StopReason.CANCELLED, "the engine was closed")
+        self._end_all(StopReason.CANCELLED, "the engine was closed")
 
     def __enter__(self) -> LocalEngine:
         return self
@@ -327,21 +332,15 @@ class LocalEngine:
         with torch.inference_mode():
             while self._next_commands():
                 if self._stepper.busy:
-                    self._stepper.step()
+                    try:
+                        self._stepper.step()
+                    except Exception as error:  # noqa: BLE001  whoever waits must be told, or waits for ever
+                        self._end_all(StopReason.ERROR, f"the engine failed: {error!r}")
 
-    def _next_commands(self) -> bool:
-        """Run what is in the inbox, after waiting for work if there is none. False: the thread shall end."""
-        with self._changed:
-            if not self._inbox and not self._stepper.busy and not self._closed:
-                self._changed.wait(_IDLE_S)
-            if self._closed or (not self._inbox and not self._stepper.busy):
-                self._thread = None
-                return False
-            commands = list(self._inbox)
-            self._inbox.clear()
-        for command in commands:
-            command()
-        return True
+    def _end_all(self, reason: StopReason, error: str) -> None:
+        """End every request, wherever it is."""
+        for generation in self._stepper.in_flight():
+            self._stepper.withdraw(generation, reason, error)
 
     # The engine's own weights
 
@@ -358,7 +357,9 @@ class LocalEngine:
             self.model = self._own_copy(source)
             return
         if unknown:
-            raise EngineError(f"update_weights: the model has no parameter {unknown[0]!r} ({len(unknown)} unknown names)")
+            raise EngineError(
+                f"update_weights: the model has no parameter {unknown[0]!r} ({len(unknown)} unknown names)"
+            )
         wrong = [name for name, tensor in tensors.items() if tensor.shape != ours[name].shape]
         if wrong:
             name = wrong[0]

@@ -65,8 +65,8 @@ class Sampled:
 def sample(logits_NV: Tensor, uniforms_N: Tensor, how: RowSampling) -> Sampled:
     """Draw one token per row by inverting the cumulative distribution at the row's uniform.
 
-    Truncation is applied after temperature, in the order top-k, top-p, min-p; top-p's mass is measured after top-k. Ties
-    go to the lower token id.
+    Truncation is applied after temperature, in the order top-k, top-p, min-p; top-p's mass is measured after top-k.
+    Of equal logits, greedy rows take the lowest token id.
 
     Args:
         logits_NV: float32.
@@ -146,6 +146,8 @@ def _sample_truncated(heated_MV: Tensor, lse_M1: Tensor, uniforms_M: Tensor, how
 def _kept(top_MC: Tensor, lse_M1: Tensor, how: RowSampling) -> Tensor:
     """Which of the sorted candidates survive. The most likely token always does."""
     assert how.top_k_M1 is not None
+    assert how.top_p_M1 is not None
+    assert how.min_p_M1 is not None
     ranks_C = torch.arange(top_MC.shape[1], device=top_MC.device)
     in_top_k_MC = ranks_C < how.top_k_M1
     probs_MC = (top_MC - lse_M1).exp().to(torch.float64)

@@ -96,12 +96,22 @@ class Stepper:
             self._finish_unstarted(generation, index, reason, error)
         self.deliver()
 
+    def in_flight(self) -> list[Generation]:
+        """Every request that has not ended, wherever it is."""
+        being_read = [
+            *(prompt.generation for prompt in self.ready),
+            *(prompt.generation for prompt in self.reader.long),
+        ]
+        running = [row.generation for row in self.rows.rows[: self.rows.num] if row is not None]
+        everyone = [*self.waiting, *being_read, *running]
+        return list({id(generation): generation for generation in everyone}.values())
+
     def swap(self, model: Decoder, version: int) -> None:
         """Go on with other weights. Running rows keep their cache; prompts not started yet are read again."""
         self.model = self.reader.model = model
         self.version = version
         self.prefixes.clear()
-        again = [prompt.generation for prompt in (*self.ready, *self.reader.long)]
+        again = [*(prompt.generation for prompt in self.ready), *(prompt.generation for prompt in self.reader.long)]
         self.ready.clear()
         self.reader.long.clear()
         self.waiting.extendleft(reversed(again))
@@ -130,13 +140,11 @@ class Stepper:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        pending = [*self.waiting, *(p.generation for p in self.ready), *(p.generation for p in self.reader.long)]
-        running = [row.generation for row in self.rows.rows[: self.rows.num] if row is not None]
-        everyone = {id(generation): generation for generation in [*pending, *running]}
-        for generation in everyone.values():
+        everyone = self.in_flight()
+        for generation in everyone:
             if generation.deadline <= now:
                 self.withdraw(generation, StopReason.TIMEOUT, f"not finished after {generation.timeout_s} s")
-        self._may_expire = any(g.deadline != math.inf and not g.done for g in everyone.values())
+        self._may_expire = any(g.deadline != math.inf and not g.done for g in everyone)
 
     def _read_long(self) -> None:
         """One chunk of a long prompt; the other half of the budget is for those who wait behind it."""
@@ -248,7 +256,7 @@ class Stepper:
         self._sample(logits_NV, np.arange(self.rows.num), whole=True)
 
     def _sample(self, logits_NV: Tensor, slots: NDArray[np.int64], *, whole: bool) -> None:
-        """Draw a token per slot, write it down, and finish the rows that end. `whole`: the slots are all running rows."""
+        """Draw a token per slot, write it down, finish the rows that end. `whole`: the slots are all running rows."""
         table = self.rows.table
         uniforms_N = torch.from_numpy(uniforms(table["seed"][slots], table["generated"][slots])).to(self.device)
         how = self.rows.sampling(self.device) if whole else self.rows.sampling_of(slots, self.device)
@@ -342,9 +350,7 @@ class Stepper:
             error=error,
         )
         if generation.streaming:
-            event = StreamEvent(
-                index=index, tokens=(), text="", logprobs=(), policy_logprobs=(), completion=completion
-            )
+            event = StreamEvent(index=index, tokens=(), text="", logprobs=(), policy_logprobs=(), completion=completion)
             generation.emit(event)
         generation.finish(index, completion)
         self._touched[id(generation)] = generation

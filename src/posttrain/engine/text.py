@@ -103,8 +103,8 @@ class TextCursor:
 class StopCandidates:
     """Which tokens can complete a stop string, so that the others need not be decoded.
 
-    A stop string is complete only when its last character is written, so only tokens whose own text holds that character
-    (or is no finished character by itself) are worth decoding the text for.
+    A stop string is complete only when its last character is written, so only tokens whose own text holds that
+    character (or is no finished character by itself) are worth decoding the text for.
     """
 
     def __init__(self, tokenizer: TextTokenizer, vocab_size: int) -> None:

@@ -16,7 +16,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 def uniforms(seeds_N: NDArray[np.uint64], positions_N: NDArray[np.int64]) -> NDArray[np.float64]:
     """The `position`-th number of SplitMix64 started at `seed`, as a uniform in [0, 1).
 
-    Each row's number depends on its own seed and position only, so a request samples the same tokens alone and in a crowd.
+    Each row's number depends on its own seed and position only: a request draws the same alone and in a crowd.
 
     Args:
         seeds_N: one 64-bit seed per row.
@@ -31,4 +31,5 @@ def uniforms(seeds_N: NDArray[np.uint64], positions_N: NDArray[np.int64]) -> NDA
     state = (state ^ (state >> np.uint64(30))) * _MIX_1
     state = (state ^ (state >> np.uint64(27))) * _MIX_2
     state = state ^ (state >> np.uint64(31))
-    return (state >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    numbers: NDArray[np.float64] = (state >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    return numbers
