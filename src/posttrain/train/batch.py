@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -55,7 +56,6 @@ class Batch:
     group_tokens_E: Tensor  # float32, targets of the example's group in the whole step
     ids: tuple[str, ...]  # E, of the examples
     denominators: Denominators  # of the whole step
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def num_sequences(self) -> int:
@@ -106,25 +106,24 @@ def build_batch(
     num_targets = [len(sequence.targets) for sequence in sequences]
     names = sequences[0].columns if sequences else {}
 
-    def integers(values: list[np.ndarray]) -> Tensor:  # type: ignore[type-arg]
+    def joined(values: list[npt.NDArray[Any]]) -> Tensor:
         return torch.from_numpy(np.concatenate(values)).to(device, non_blocking=True)
 
     def floats(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
     return Batch(
-        tokens_N=integers([sequence.tokens_T for sequence in sequences]),
+        tokens_N=joined([sequence.tokens_T for sequence in sequences]),
         lengths=lengths,
-        target_P=integers([sequence.targets + start for sequence, start in zip(sequences, starts, strict=True)]),
-        sequence_P=integers([np.repeat(np.arange(len(sequences)), num_targets)]),
-        example_S=integers([np.repeat(np.arange(len(rows)), [len(row.sequences) for row in rows])]),
-        index_S=integers([np.arange(len(row.sequences)) for row in rows]),
-        columns={name: integers([row.columns[name][row.targets] for row in sequences]) for name in names},
+        target_P=joined([sequence.targets + start for sequence, start in zip(sequences, starts, strict=True)]),
+        sequence_P=joined([np.repeat(np.arange(len(sequences)), num_targets)]),
+        example_S=joined([np.repeat(np.arange(len(rows)), [len(row.sequences) for row in rows])]),
+        index_S=joined([np.arange(len(row.sequences)) for row in rows]),
+        columns={name: joined([row.columns[name][row.targets] for row in sequences]) for name in names},
         scalars={name: floats([row.scalars[name] for row in rows]) for name in rows[0].scalars},
         group_tokens_E=floats([groups[_group_key(row)] for row in rows]),
         ids=tuple(row.id for row in rows),
         denominators=denominators,
-        device=device,
     )
 
 

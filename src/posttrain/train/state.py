@@ -37,7 +37,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name in sorted(frozen):
         digest.update(name.encode())
-        digest.update(frozen[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(frozen[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return {
         "weights": {name: list(tensor.shape) for name, tensor in weights_of(model).items()},
         "frozen": digest.hexdigest() if frozen else "",

@@ -122,7 +122,6 @@ class Trainer:
             "tokens_per_second": num_tokens / seconds,
         }
 
-    @torch.no_grad()
     def logprobs(self, examples: Sequence[Example]) -> list[list[tuple[float, ...]]]:
         """Log-probability of every target under the weights as they are: for `old_logprobs` and `ref_logprobs`.
 
@@ -137,7 +136,9 @@ class Trainer:
         live = [index for index, row in enumerate(rows) if row.num_targets]
         self.model.eval()
         for batch, members in self._plan([rows[index] for index in live]):
-            values_P = self._stats(batch, self.config.temperature, entropy=False).logprobs_N.double().cpu().numpy()
+            with self._same_kernels_without_graph():
+                stats = self._stats(batch, self.config.temperature, entropy=False)
+            values_P = stats.logprobs_N.double().cpu().numpy()
             at = 0
             for member in members:
                 index = live[member]
@@ -253,6 +254,19 @@ class Trainer:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_seed(self.config.seed, "train", self.num_steps, micro_batch))
             yield
+
+    @contextmanager
+    def _same_kernels_without_graph(self) -> Iterator[None]:
+        """Gradients enabled, but nothing that needs one. Under no_grad a model may take other kernels (the norms do,
+        on a CPU), whose last bit becomes a visible ratio once it is rounded to bfloat16."""
+        for weight in self._weights.values():
+            weight.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for weight in self._weights.values():
+                weight.requires_grad_(True)
 
     def _not_finite(self, total: float, grad_norm: float, live: Sequence[ExampleRow]) -> TrainError:
         """Find the examples that are to blame, one by one; slow, but the run is over."""
