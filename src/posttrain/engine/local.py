@@ -342,6 +342,20 @@ class LocalEngine:
         for generation in self._stepper.in_flight():
             self._stepper.withdraw(generation, reason, error)
 
+    def _next_commands(self) -> bool:
+        """Run what is in the inbox, after waiting for work if there is none. False: the thread shall end."""
+        with self._changed:
+            if not self._inbox and not self._stepper.busy and not self._closed:
+                self._changed.wait(_IDLE_S)
+            if self._closed or (not self._inbox and not self._stepper.busy):
+                self._thread = None
+                return False
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            command()
+        return True
+
     # The engine's own weights
 
     def _own_copy(self, model: Decoder) -> Decoder:
