@@ -8,6 +8,7 @@ import sqlite3
 import tempfile
 import threading
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 
 from posttrain.core import Grade, GradeCase, GradeError, Grader, ProvesItself, Record, Task, Trajectory
@@ -78,14 +79,20 @@ def prove(grader: Grader, *, deadline_s: float = 60.0) -> ProofReport:
         grader: any grader; one without `cases()` is not proven.
         deadline_s: seconds for each case.
     """
-    reports: list[ProofReport] = []
+    outcome: Future[ProofReport] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(asyncio.run(_prove(grader, deadline_s)))
+        except Exception as error:  # noqa: BLE001  it is raised again in the caller's thread
+            outcome.set_exception(error)
+
     # A loop of its own in a thread of its own, since the caller's thread may have one running.
-    thread = threading.Thread(target=lambda: reports.append(asyncio.run(_prove(grader, deadline_s))), daemon=True)
-    thread.start()
-    thread.join()
-    if not reports:
-        raise GradeError(f"the proof of grader {grader.name!r} broke off: its cases() raised an error")
-    return reports[0]
+    threading.Thread(target=work, name="proof", daemon=True).start()
+    try:
+        return outcome.result()
+    except Exception as error:
+        raise GradeError(f"the proof of grader {grader.name!r} broke off: {type(error).__name__}: {error}") from error
 
 
 async def _prove(grader: Grader, deadline_s: float) -> ProofReport:

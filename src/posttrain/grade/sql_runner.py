@@ -148,6 +148,8 @@ class _Session:
             self._refused = "the query is too complex"
         elif action in _ALLOWED_ACTIONS:
             return sqlite3.SQLITE_OK
+        elif action == sqlite3.SQLITE_PRAGMA and one == "data_version" and two is None:
+            return sqlite3.SQLITE_OK  # a number that full-text search asks for
         elif action == sqlite3.SQLITE_READ:
             if not _FORBIDDEN_TABLES.match((one or "").lower()):
                 return sqlite3.SQLITE_OK

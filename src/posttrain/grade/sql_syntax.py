@@ -58,12 +58,12 @@ def expansion(sql: str) -> int:
         return 0
     found = tokens(sql)
     bodies = _definitions(found)
-    inside = {position for start, end in bodies.values() for position in range(start, end)}
+    inside = {place for name, start, end in bodies.values() for place in (name, *range(start, end))}
     weights: dict[str, int] = {}
 
     def weight(name: str, above: frozenset[str]) -> int:
         if name not in weights:
-            start, end = bodies[name]
+            _, start, end = bodies[name]
             named = [text for kind, text in found[start:end] if kind != "mark" and text in bodies]
             seen = above | {name}
             weights[name] = min(MAX_EXPANSION + 1, 1 + sum(weight(text, seen) for text in named if text not in seen))
@@ -75,8 +75,8 @@ def expansion(sql: str) -> int:
     return min(MAX_EXPANSION + 1, sum(weight(text, frozenset()) for text in outside if text in bodies))
 
 
-def _definitions(found: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """Of each `name [(columns)] AS [[NOT] MATERIALIZED] (body)`: first and last token of the body."""
+def _definitions(found: list[tuple[str, str]]) -> dict[str, tuple[int, int, int]]:
+    """Of each `name [(columns)] AS [[NOT] MATERIALIZED] (body)`: positions of its name, its body and its end."""
     opened: list[int] = []
     closes: dict[int, int] = {}
     opens: dict[int, int] = {}
@@ -86,7 +86,7 @@ def _definitions(found: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
         elif token == ("mark", ")") and opened:
             start = opened.pop()
             closes[start], opens[position] = position, start
-    bodies: dict[str, tuple[int, int]] = {}
+    bodies: dict[str, tuple[int, int, int]] = {}
     for position, token in enumerate(found):
         if token != ("name", "as") or position == 0:
             continue
@@ -97,5 +97,5 @@ def _definitions(found: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
             continue
         before = opens[position - 1] - 1 if position - 1 in opens else position - 1
         if before >= 0 and found[before][0] != "mark":
-            bodies[found[before][1]] = (body, closes.get(body, len(found)))
+            bodies[found[before][1]] = (before, body, closes.get(body, len(found)))
     return bodies
