@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ SPLIT = (
 )
 
 
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> dict[str, Any]:
-    """The content of a tokenizer.json: special tokens first, then the 256 bytes, then the merges learnt.
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str]) -> str:
+    """The text of a tokenizer.json: special tokens first, then the 256 bytes, then the merges learnt.
 
     No normaliser: every text decodes to itself. The result depends on nothing but the arguments.
 
@@ -48,5 +47,5 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: 
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer=trainer)
-    definition: dict[str, Any] = json.loads(backend.to_str())
+    definition: str = backend.to_str()
     return definition

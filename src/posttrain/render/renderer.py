@@ -192,6 +192,10 @@ class Renderer:
                 stops.update(number for number in ids[-1:] if number in self._added_ids)
         return frozenset(stops)
 
+    def end_text(self, with_tools: bool = False) -> str:
+        """The text that ends an assistant's turn in this template; "" where that cannot be told."""
+        return self._facts(self._template(with_tools)).turn_end.at_end
+
     def prefix_stable(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> PrefixReport:
         """Whether rendering the whole conversation keeps what sampler and policy wrote at each turn.
 

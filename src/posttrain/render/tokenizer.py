@@ -29,7 +29,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        definition: Mapping[str, Any],
+        definition: str,
         *,
         special_tokens: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
@@ -39,7 +39,7 @@ class Tokenizer:
         """Build from the content of a tokenizer.json.
 
         Args:
-            definition: the parsed tokenizer.json.
+            definition: the text of a tokenizer.json.
             special_tokens: name ("bos_token", "eos_token" …) → the token's text. One that the vocabulary lacks is added
                 at its end, as Hugging Face does.
             chat_templates: name → Jinja text; "default" is the one that is used, "tool_use" when there are tools.
@@ -52,13 +52,11 @@ class Tokenizer:
         self._config = dict(config or {})
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self.chat_templates: dict[str, str] = dict(chat_templates or {})
-        self._processed = _backend(definition, self.special_tokens, self._config)
-        # Without its post-processor a backend adds no special tokens and, unlike ByteLevel's `trim_offsets`, leaves the
-        # offsets as they are: every character belongs to the token that holds it.
-        plain = json.loads(self._processed.to_str())
-        plain["post_processor"] = None
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        self._backend = _backend(definition, self.special_tokens, self._config)
         self._prefix, self._suffix = self._affixes()
+        # Without its post-processor the backend adds no special tokens and, unlike ByteLevel's `trim_offsets`, leaves
+        # the offsets as they are: every character belongs to the token that holds it.
+        self._post_processor, self._backend.post_processor = self._backend.post_processor, None
         self._extra_eos = frozenset(eos_ids)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self._size = 1 + max(vocabulary.values(), default=-1)
@@ -72,8 +70,8 @@ class Tokenizer:
             RenderError: there is no tokenizer.json, or a file cannot be read.
         """
         folder = Path(path)
-        definition = _read_json(folder / "tokenizer.json") or _read_json(folder / "tokenizer.json.gz")
-        if definition is None:
+        definition = _read_text(folder / "tokenizer.json") or _read_text(folder / "tokenizer.json.gz")
+        if not definition:
             raise RenderError(
                 f"{folder}: no tokenizer.json here; a tokenizer folder as Hugging Face saves it is needed"
             )
@@ -129,7 +127,7 @@ class Tokenizer:
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / "tokenizer.json").write_text(self._processed.to_str(pretty=True), encoding="utf-8")
+        (target / "tokenizer.json").write_text(self._definition(), encoding="utf-8")
         config = {key: value for key, value in self._config.items() if key != "chat_template"}
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         _write_json(target / "tokenizer_config.json", {**config, **self.special_tokens})
@@ -235,13 +233,22 @@ class Tokenizer:
     def _encodings(self, texts: Sequence[str]) -> list[Any]:
         try:
             encodings: list[Any] = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        except UnicodeEncodeError as error:
-            raise RenderError(f"the text holds half a surrogate pair, which is no character: {error}") from error
+        except (TypeError, UnicodeEncodeError) as error:
+            for text in texts:
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise RenderError(f"half a surrogate pair is no character: {text[:60]!r}") from error
+            raise
         return encodings
 
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else self.id(text)
+
+    def _definition(self) -> str:
+        whole = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        whole.post_processor = self._post_processor
+        text: str = whole.to_str(pretty=True)
+        return text
 
     def _affixes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What goes before and after a sequence. The config's word, if it says one, outweighs the post-processor."""
@@ -249,15 +256,15 @@ class Tokenizer:
             bos = self.bos_id if self._config.get("add_bos_token") else None
             eos = self.eos_id if self._config.get("add_eos_token") else None
             return (() if bos is None else (bos,)), (() if eos is None else (eos,))
-        plain = self._processed.encode("a", add_special_tokens=False).ids
-        whole = self._processed.encode("a", add_special_tokens=True).ids
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a", add_special_tokens=True).ids
         start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
         return tuple(whole[:start]), tuple(whole[start + len(plain) :])
 
 
-def _backend(definition: Mapping[str, Any], special: Mapping[str, str], config: Mapping[str, Any]) -> Any:
+def _backend(definition: str, special: Mapping[str, str], config: Mapping[str, Any]) -> Any:
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        backend = tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # the library raises bare Exception
         raise RenderError(f"tokenizer.json cannot be read by the tokenizers library: {error}") from error
     backend.no_truncation()
@@ -273,13 +280,23 @@ def _backend(definition: Mapping[str, Any], special: Mapping[str, str], config: 
     return backend
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_text(path: Path) -> str | None:
     if not path.exists():
         return None
     try:
         raw = path.read_bytes()
-        value = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-    except (ValueError, OSError) as error:
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise RenderError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    text = _read_text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
         raise RenderError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise RenderError(f"{path}: a JSON object is needed, not a {type(value).__name__}")

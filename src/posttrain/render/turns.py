@@ -50,7 +50,7 @@ class TurnFinder:
             finding.check_shown()
             start = finding.start(prompt)
             end = finding.end(start)
-            finding.check_calls(text[start:end])
+            finding.check_written(text[start:end])
             if end < start or (spans and start < spans[-1][1]):
                 raise RenderError(f"message {turn}: the chat template does not show the turns one after another")
             spans.append((start, end))
@@ -111,8 +111,13 @@ class _Turn:
                 'give Renderer(dropped="cover") to train on what is shown'
             )
 
-    def check_calls(self, written: str) -> None:
-        """Refuse a turn whose tool calls the template does not show."""
+    def check_written(self, written: str) -> None:
+        """Refuse a turn whose content the template changes, or whose tool calls it does not show."""
+        if self.conversation.messages[self.turn].content.rpartition("</think>")[2].strip() not in written:
+            raise self._error(
+                "the chat template does not show what the assistant wrote as it is; use another template, or write the "
+                "content as the template shows it"
+            )
         for call in self.conversation.messages[self.turn].tool_calls:
             if call.name not in written:
                 raise self._error(
