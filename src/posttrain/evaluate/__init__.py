@@ -6,25 +6,38 @@ comparisons, and a page to look at. May import: rollout, grade, engine, data, re
 
 from posttrain.evaluate.compare import compare
 from posttrain.evaluate.intervals import bootstrap_mean, clustered, clustered_standard_error, paired_bootstrap, wilson
+from posttrain.evaluate.line_chart import Curve, curves_from_metrics
+from posttrain.evaluate.page import report_html, report_json
+from posttrain.evaluate.run_report import Answer, RunReport, ShownTask, Stage, build_run_report, shown_tasks
 from posttrain.evaluate.run_suite import run_suite, run_suite_sync
 from posttrain.evaluate.scores import is_right, report_metrics
 from posttrain.evaluate.statistics import mcnemar, minimum_detectable_difference, pass_at_k, tasks_needed
 from posttrain.evaluate.suite import Suite, suite_from_file
 
 __all__ = [
+    "Answer",
+    "Curve",
+    "RunReport",
+    "ShownTask",
+    "Stage",
     "Suite",
     "bootstrap_mean",
+    "build_run_report",
     "clustered",
     "clustered_standard_error",
     "compare",
+    "curves_from_metrics",
     "is_right",
     "mcnemar",
     "minimum_detectable_difference",
     "paired_bootstrap",
     "pass_at_k",
+    "report_html",
+    "report_json",
     "report_metrics",
     "run_suite",
     "run_suite_sync",
+    "shown_tasks",
     "suite_from_file",
     "tasks_needed",
     "wilson",

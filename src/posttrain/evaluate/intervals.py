@@ -89,7 +89,7 @@ def bootstrap_mean(
     The same seed draws the same tasks, so the interval of negated values is the mirrored interval.
     """
     x_N, codes_N = _values_and_codes(values, range(len(values)) if clusters is None else clusters)
-    sums_C = np.bincount(codes_N, weights=x_N)
+    sums_C = np.bincount(codes_N, weights=x_N).astype(np.float64)
     sizes_C = np.bincount(codes_N).astype(np.float64)
     num = len(sums_C)
     tail = (1 - confidence) / 2
@@ -135,8 +135,8 @@ def _resampled_means(sums_C: Floats, sizes_C: Floats, rng: np.random.Generator, 
     """Means of `num_resamples` draws of C clusters with replacement.
 
     Right-or-wrong tasks have few distinct values. Then how often each value is drawn is one multinomial draw, which has
-    the same distribution as drawing every task and is a hundred times quicker. Values are numbered as they first appear,
-    so that negated values draw alike.
+    the same distribution as drawing every task and is a hundred times quicker. Values are numbered as they first
+    appear, so that negated values draw alike.
     """
     num = len(sums_C)
     numbers: dict[tuple[float, float], int] = {}
