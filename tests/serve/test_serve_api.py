@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from posttrain import serve
-from posttrain.core import ConfigError, Interaction, ServeError
+from posttrain.core import ConfigError, Interaction, ModelError, ServeError
 from posttrain.feedback import FeedbackStore
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -296,9 +297,31 @@ def test_what_nobody_foresaw_is_a_bare_500(model: serve.ServedModel, caplog: Any
     assert "secret inside" in caplog.text
 
 
-def test_a_model_table_swaps_between_requests(model: serve.ServedModel, store: FeedbackStore) -> None:
-    from dataclasses import replace
+def test_an_administrator_swaps_models(model: serve.ServedModel, store: FeedbackStore) -> None:
+    class Champions(serve.ModelTable):
+        def swap(self, name: str, card_id: str | None) -> serve.ServedModel:
+            if card_id == "broken":
+                raise ModelError("weights are missing")
+            new = replace(model, card_id=card_id or "champion-7")
+            self.put(new)
+            return new
 
+    app = serve.create_app(Champions([model]), store=store, admin_keys=["root"])
+    root = {"Authorization": "Bearer root"}
+    swap = "/admin/models/tiny/swap"
+    assert send(app, "POST", swap).status_code == 401
+    assert send(app, "POST", swap, headers=root).json()["card_id"] == "champion-7"
+    assert post(app, {"card_id": "card-9"}, swap, root).json()["card_id"] == "card-9"
+    refused = post(app, {"card_id": "broken"}, swap, root)
+    assert (refused.status_code, "weights are missing" in refused.text) == (409, True)
+    assert store.interaction(post(app, CHAT).json()["id"]).model == "card-9"
+    assert post(app, {"card": "x"}, swap, root).status_code == 400
+    assert post(app, {}, "/admin/models/none/swap", root).status_code == 404
+    fixed = serve.create_app({"tiny": model}, admin_keys=["root"])
+    assert post(fixed, {}, swap, root).json()["error"]["code"] == "fixed_models"
+
+
+def test_a_model_table_swaps_between_requests(model: serve.ServedModel, store: FeedbackStore) -> None:
     table = serve.ModelTable([model])
     app = serve.create_app(table, store=store)
     first = post(app, CHAT).json()["id"]

@@ -185,19 +185,22 @@ class FeedbackStore:
         """
         if limit < 1:
             raise ServeError(f"interactions: limit must be at least 1, not {limit}")
-        where = ["seq > ?"]
-        values: list[Any] = [cursor or 0]
+        start, where = (cursor or 0) + 1, ["seq >= ?"]
+        values: list[Any] = []
         if model is not None:
             known_id = self._rows("SELECT 1 FROM interactions WHERE model = ? LIMIT 1", (model,))
             where.append("model = ?" if known_id else "model_name = ?")
             values.append(model)
         if since_s is not None:
-            # The first row of that time, found in the index, spares a walk over all earlier rows.
-            first = self._rows(FIRST_SINCE, (since_s,))[0][0]
-            where += ["created_s >= ?", "seq >= ?"]
-            values += [since_s, first or 0]
+            if cursor is None:  # the first row of that time, found in the index, spares a walk over all earlier rows
+                first = self._rows(FIRST_SINCE, (since_s,))[0][0]
+                if first is None:
+                    return InteractionPage(items=(), next_cursor=None)
+                start = first
+            where.append("created_s >= ?")
+            values.append(since_s)
         sql = f"SELECT seq, {_INTERACTION} FROM interactions WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?"
-        rows = self._rows(sql, (*values, limit))
+        rows = self._rows(sql, (start, *values, limit))
         items = tuple(_read_interaction(row[1:]) for row in rows)
         return InteractionPage(items=items, next_cursor=rows[-1][0] if len(rows) == limit else None)
 

@@ -20,6 +20,7 @@ from posttrain.serve.model import (
     ServedModel,
     StreamEvent,
     StreamTokens,
+    SwapsModels,
     WholeAnswers,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "Server",
     "StreamEvent",
     "StreamTokens",
+    "SwapsModels",
     "WholeAnswers",
     "create_app",
     "run",

@@ -17,12 +17,13 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from posttrain.serve.admin_routes import admin_models, admin_swap, model_dict
 from posttrain.serve.answer import Answer
 from posttrain.serve.api_error import ApiError, json_response
 from posttrain.serve.body import read_body
 from posttrain.serve.feedback_routes import add_feedback, list_feedback
 from posttrain.serve.job import chat_job, text_job
-from posttrain.serve.model import InteractionStore, ModelSource, ModelTable, ServedModel, engine_stats
+from posttrain.serve.model import InteractionStore, ModelSource, ModelTable, ServedModel
 from posttrain.serve.state import Keys, ServeSettings, ServeState
 from posttrain.serve.wire import ChatRequest, CompletionRequest, parse_body
 
@@ -68,7 +69,8 @@ def create_app(
         Route("/v1/completions", _text, methods=["POST"]),
         Route("/v1/feedback", add_feedback, methods=["POST"]),
         Route("/v1/feedback/{completion_id}", list_feedback),
-        Route("/admin/models", _admin_models),
+        Route("/admin/models", admin_models),
+        Route("/admin/models/{name:path}/swap", admin_swap, methods=["POST"]),
     ]
     app = Starlette(
         routes=routes,
@@ -211,29 +213,11 @@ async def _metrics(request: Request) -> Response:
 
 async def _list_models(request: Request) -> Response:
     models = _state(request).source.models()
-    return json_response({"object": "list", "data": [_model_dict(model) for model in models.values()]})
+    return json_response({"object": "list", "data": [model_dict(model) for model in models.values()]})
 
 
 async def _show_model(request: Request) -> Response:
-    return json_response(_model_dict(_state(request).model(request.path_params["name"])))
-
-
-def _model_dict(model: ServedModel) -> dict[str, Any]:
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": int(model.created_s),
-        "owned_by": "posttrain",
-        "card_id": model.card_id or None,
-        "max_model_len": model.context,
-    }
-
-
-async def _admin_models(request: Request) -> Response:
-    """What is served, with the engines' own figures."""
-    models = _state(request).source.models()
-    rows = [{**_model_dict(model), "engine": engine_stats(model.engine)} for model in models.values()]
-    return json_response({"object": "list", "data": rows})
+    return json_response(model_dict(_state(request).model(request.path_params["name"])))
 
 
 async def _chat(request: Request) -> Response:

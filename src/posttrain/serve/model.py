@@ -198,6 +198,19 @@ class ModelSource(Protocol):
         ...
 
 
+@runtime_checkable
+class SwapsModels(Protocol):
+    """A `ModelSource` that can load another version of a model when an administrator asks."""
+
+    def swap(self, name: str, card_id: str | None) -> ServedModel:
+        """Serve the card (None: the newest champion) under this name from the next request on; may take its time.
+
+        Raises:
+            PosttrainError: it cannot be served; the one before stays.
+        """
+        ...
+
+
 class ModelTable:
     """A `ModelSource` whose entries can be replaced while serving. Safe to share between threads."""
 

@@ -184,6 +184,12 @@ class FeedbackRequest(Strict, frozen=True, kw_only=True, forbid_unknown_fields=T
     source: Name = "user"
 
 
+class SwapRequest(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """POST /admin/models/{name}/swap."""
+
+    card_id: Name | None = None  # None: the newest champion
+
+
 class Rejected(Strict, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The answer that lost a comparison; without an id, another choice of the same completion."""
 
