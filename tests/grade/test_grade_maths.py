@@ -84,6 +84,28 @@ def test_an_answer_to_another_job_is_never_taken(pool: WorkerPool) -> None:
     assert pool.call({"do": "fine"}, 20)["said"] == "fine"
 
 
+def test_several_threads_may_start_and_use_several_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_worker.py").write_text(WORKER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = WorkerPool("odd_worker", num_workers=2)
+    said: list[str] = []
+
+    def work(place: int) -> None:
+        pool.start()
+        said.extend(pool.call({"do": f"{place}"}, 20)["said"] for _ in range(5))
+
+    threads = [threading.Thread(target=work, args=(place,), daemon=True) for place in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert sorted(said) == sorted(f"{place}" for place in range(6) for _ in range(5))
+    assert len(pool.pids()) == 2
+    pool.close()
+    with pytest.raises(WorkerFailure, match="closed"):
+        pool.call({"do": "fine"}, 20)
+
+
 def test_a_module_that_cannot_start_says_so() -> None:
     pool = WorkerPool("posttrain.grade.no_such_module")
     with pytest.raises(WorkerFailure, match="died"):

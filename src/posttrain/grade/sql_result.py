@@ -166,7 +166,8 @@ class SqlResult:
     def _gold_rows(self, task: Task, path: Path, gold: str) -> tuple[Row, ...]:
         result = self._runner.run(path, gold)
         if result.rows is None:
-            raise GradeError(f"task {task.id!r}: its gold query fails on {path.name}: {result.error}")
+            hint = "; raise max_value_bytes" if "too big" in (result.error or "") else ""
+            raise GradeError(f"task {task.id!r}: its gold query fails on {path.name}: {result.error}{hint}")
         return result.rows
 
     def _grade(

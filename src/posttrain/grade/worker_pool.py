@@ -38,6 +38,7 @@ class WorkerPool:
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in reversed(self._workers):
             self._idle.put(worker)
+        self._starting = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill_all, self._workers)
 
     def start(self) -> None:
@@ -46,15 +47,17 @@ class WorkerPool:
         Raises:
             WorkerFailure: one cannot start.
         """
-        taken = [self._idle.get() for _ in self._workers]
-        try:
-            for worker in taken:
-                worker.launch()
-            for worker in taken:
-                worker.wait_until_ready()
-        finally:
-            for worker in taken:
-                self._idle.put(worker)
+        self._check_open()
+        with self._starting:  # two threads that each hold half of the workers would wait for ever
+            taken = [self._idle.get() for _ in self._workers]
+            try:
+                for worker in taken:
+                    worker.launch()
+                for worker in taken:
+                    worker.wait_until_ready()
+            finally:
+                for worker in taken:
+                    self._idle.put(worker)
 
     def call(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Give a job to an idle worker; waits for one first. The clock starts when the worker has the job.
@@ -62,6 +65,7 @@ class WorkerPool:
         Raises:
             WorkerFailure: no answer in time (the process is killed), or the process died. The next job gets a new one.
         """
+        self._check_open()
         worker = self._idle.get()
         try:
             return worker.call(job, timeout_s)
@@ -73,8 +77,12 @@ class WorkerPool:
         return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     def close(self) -> None:
-        """Kill the processes."""
+        """Kill the processes; the pool takes no more jobs."""
         self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise WorkerFailure("the pool of workers is closed")
 
 
 class _Worker:
