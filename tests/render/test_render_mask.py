@@ -84,9 +84,9 @@ def test_turns_that_are_context_only_are_left_out(small: Tokenizer) -> None:
         renderer = Renderer(small, template)
         assert masked_texts(renderer, messages) == ("two" + EOT,)
         assert masked_texts(renderer, messages[:2]) == ()
-        assert masked_texts(renderer, [user("a"), assistant("one"), *messages[2:3], messages[3].replace(train=False)]) == (
-            "one" + EOT,
-        )
+        assert masked_texts(
+            renderer, [user("a"), assistant("one"), *messages[2:3], messages[3].replace(train=False)]
+        ) == ("one" + EOT,)
 
 
 def test_tool_calls_and_reasoning_are_the_assistants(chatml: Renderer) -> None:
@@ -117,6 +117,12 @@ def test_a_generation_block_that_stops_before_the_end_of_turn_gets_it(small: Tok
     )
 
 
+def test_generation_blocks_around_nothing_are_refused(small: Tokenizer) -> None:
+    empty = "{% generation %}{% endgeneration %}" + CHATML
+    with pytest.raises(RenderError, match="cover none of the assistant's turns"):
+        Renderer(small, empty).render([user("a"), assistant("b")])
+
+
 def test_a_template_that_forgets_reasoning_is_refused_or_covered(small: Tokenizer) -> None:
     turns = [assistant("one").replace(reasoning="r1"), assistant("two").replace(reasoning="r2")]
     messages = [user("a"), turns[0], user("b"), turns[1]]
@@ -125,7 +131,9 @@ def test_a_template_that_forgets_reasoning_is_refused_or_covered(small: Tokenize
     covering = Renderer(small, FORGETS, dropped="cover")
     assert masked_texts(covering, messages) == ("one" + EOT, "r2</think>two" + EOT)
     each = Renderer(small, FORGETS).render_turns(messages)
-    assert [small.decode([t for t, m in zip(r.tokens, r.mask, strict=True) if m], skip_special_tokens=False) for r in each] == [
+    assert [
+        small.decode([t for t, m in zip(r.tokens, r.mask, strict=True) if m], skip_special_tokens=False) for r in each
+    ] == [
         "r1</think>one" + EOT,
         "r2</think>two" + EOT,
     ]
@@ -133,22 +141,35 @@ def test_a_template_that_forgets_reasoning_is_refused_or_covered(small: Tokenize
 
 
 def test_prefix_stability_says_what_changes(small: Tokenizer, chatml: Renderer) -> None:
-    messages = [user("a"), assistant("one").replace(reasoning="r1"), user("b"), assistant("two").replace(reasoning="r2")]
+    messages = [
+        user("a"),
+        assistant("one").replace(reasoning="r1"),
+        user("b"),
+        assistant("two").replace(reasoning="r2"),
+    ]
     assert chatml.prefix_stable(messages).stable
     assert chatml.prefix_stable(messages).why() == ""
     report = Renderer(small, FORGETS).prefix_stable(messages)
     assert not report.stable
     assert [turn.text_kept for turn in report.turns] == [False, True]
-    assert report.why().startswith("message 1: sampled as '<think>r1</think>one<|im_end|>', later rendered as 'one<|im_end|>")
+    assert report.why().startswith(
+        "message 1: sampled as '<think>r1</think>one<|im_end|>', later rendered as 'one<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize(
     ("template", "why"),
     [
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "cannot be told what ends"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}", "does not show what the ass"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}",
+            "does not show what the ass",
+        ),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}<|im_end|>{% endfor %}", "does not show|shows it twice"),
-        ("{% for m in messages %}{{ m.content | upper }}|{{ m.content }}<|im_end|>{% endfor %}", "does not show|shows it twice"),
+        (
+            "{% for m in messages %}{{ m.content | upper }}|{{ m.content }}<|im_end|>{% endfor %}",
+            "does not show|shows it twice",
+        ),
         ("{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}", "as it is"),
     ],
 )
@@ -236,7 +257,9 @@ def test_a_completion_never_changes_the_prompts_tokens(small: Tokenizer, chatml:
 def test_a_chat_completion_trains_the_completion_only(chatml: Renderer, small: Tokenizer) -> None:
     context = [user("a"), assistant("old"), user("b")]
     pair = chatml.completion_pair(context, "new")
-    assert pair == chatml.completion_pair(context, [assistant("new")]) == chatml.completion_pair(context, assistant("new"))
+    assert (
+        pair == chatml.completion_pair(context, [assistant("new")]) == chatml.completion_pair(context, assistant("new"))
+    )
     assert pair.tokens[: len(chatml.prompt(context))] == chatml.prompt(context)
     masked = [token for token, trained in zip(pair.tokens, pair.mask, strict=True) if trained]
     assert small.decode(masked, skip_special_tokens=False) == "new" + EOT
@@ -251,7 +274,7 @@ def test_rows_that_fail_are_errors_in_their_place(small: Tokenizer) -> None:
     results = renderer.try_render_many(rows)
     assert isinstance(results[1], RenderError)
     assert [results[0], results[2]] == renderer.render_many([rows[0], rows[2]])
-    with pytest.raises(RenderError, match="conversation 1: .*bad row"):
+    with pytest.raises(RenderError, match=r"conversation 1: .*bad row"):
         renderer.render_many(rows)
 
 

@@ -84,7 +84,9 @@ def test_a_saved_tokenizer_comes_back_the_same(tmp_path: Path, small: Tokenizer)
     assert (again / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
-def test_a_folder_may_be_gzipped_name_its_templates_and_write_tokens_as_objects(tmp_path: Path, small: Tokenizer) -> None:
+def test_a_folder_may_be_gzipped_name_its_templates_and_write_tokens_as_objects(
+    tmp_path: Path, small: Tokenizer
+) -> None:
     small.save(tmp_path)
     definition = (tmp_path / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json.gz").write_bytes(gzip.compress(definition))

@@ -10,7 +10,7 @@ import pytest
 
 from posttrain.core import RenderError, user
 from posttrain.render import Renderer, Tokenizer
-from posttrain.render.template_process import Limits, RenderedText, TemplateFailure, TemplateProcess
+from posttrain.render.template_process import Limits, RenderedText, TemplateFailure, TemplateProcess, render_template
 
 ROW = {"messages": [{"role": "user", "content": "x"}]}
 HOSTILE = {
@@ -113,3 +113,18 @@ def test_a_renderer_turns_failures_into_errors_that_say_what(small: Tokenizer) -
         Renderer(small, "{{ raise_exception('roles must alternate') }}").prompt([user("a")])
     with pytest.raises(RenderError, match="not valid Jinja"):
         Renderer(small, "{% for %}").render([user("a")])
+
+
+def test_a_template_that_overruns_row_after_row_is_given_up(process: TemplateProcess) -> None:
+    results = process.render("{{ 'x' * 10**10 }}", [ROW] * 500)
+    assert len(results) == 500
+    assert all(isinstance(result, TemplateFailure) and result.kind == "memory" for result in results)
+
+
+def test_a_forked_process_has_a_worker_of_its_own() -> None:
+    assert render_template("{{ n }}", [{"n": 1}]) == [RenderedText("1")]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if render_template("{{ n }}", [{"n": 2}]) == [RenderedText("2")] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert render_template("{{ n }}", [{"n": 3}]) == [RenderedText("3")]

@@ -280,6 +280,11 @@ class Renderer:
         spans = list(whole.generation) if len(rendered) == 1 else finder.spans(conversation, whole.text, rendered[1:])
         if tagged:
             spans = finder.tagged_spans(whole, spans)
+            if not spans:
+                raise RenderError(
+                    "the chat template's {% generation %} marks cover none of the assistant's turns; correct the marks, "
+                    "or take them out and let the turns be found"
+                )
         return whole.text, spans
 
     def _tokenised(

@@ -1,6 +1,6 @@
 """What each of a set of chat templates allows: a table, made by rendering sample conversations with every one of them.
 
-    python -m posttrain.render.survey FOLDER > docs/chat_templates.md
+python -m posttrain.render.survey FOLDER > docs/chat_templates.md
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ CONVERSATIONS: dict[str, tuple[tuple[Message, ...], tuple[ToolSpec, ...]]] = {
         (
             user("Weather?"),
             Message(role="assistant", tool_calls=(CALL,)),
-            Message(role="tool", content="18 C", tool_call_id=CALL.id, name=CALL.name),
-            assistant("It is 18 C."),
+            Message(role="tool", content="Cloudy, 18 C", tool_call_id=CALL.id, name=CALL.name),
+            assistant("It is mild there."),
         ),
         (TOOL,),
     ),
@@ -117,9 +117,10 @@ def survey_page(reports: Sequence[TemplateReport]) -> str:
     lines = [
         "# Chat templates",
         "",
-        "What `posttrain.render.Renderer` does with each chat template: “yes” where tokens and mask are exact, a number",
-        "where it refuses (the reasons are below), and whether plain earlier turns are shown otherwise than they were",
-        "sampled (`Renderer.prefix_stable`). Made by `python -m posttrain.render.survey FOLDER`; a test keeps it true.",
+        "What `posttrain.render.Renderer` does with each chat template: “yes” where tokens and mask are exact, a",
+        "number where it refuses (the reasons are below), and whether plain earlier turns are shown otherwise than",
+        "they were sampled (`Renderer.prefix_stable`). Made by `python -m posttrain.render.survey FOLDER`; a test",
+        "keeps it true.",
         "",
         f"| template | end of turn | {' | '.join(kinds)} | earlier turns |",
         f"|---|---|{'---|' * len(kinds)}---|",

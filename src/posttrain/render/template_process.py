@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from posttrain.core import RenderError
 WORKER = Path(__file__).with_name("template_worker.py")
 ROWS_PER_FRAME = 256
 BYTES_PER_FRAME = 4_000_000
+DEATHS_PER_REQUEST = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +68,19 @@ class TemplateProcess:
 
     limits: Limits = field(default_factory=Limits)
     _child: subprocess.Popen[bytes] | None = None
-    _owner: int = 0  # the process that started the child; after a fork the copy starts its own
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def render(self, template: str, rows: Sequence[dict[str, Any]]) -> list[RenderedText | TemplateFailure]:
         """Render many sets of variables with one template; a row that fails does not harm the others."""
         results: list[RenderedText | TemplateFailure] = []
+        deaths = 0
         with self._lock:
             while len(results) < len(rows):
                 results.extend(self._render_frame(template, rows[len(results) :]))
+                deaths += self._child is None
+                if deaths == DEATHS_PER_REQUEST and isinstance(results[-1], TemplateFailure):
+                    # A template that overruns row after row would take its full time for each of thousands.
+                    results.extend([results[-1]] * (len(rows) - len(results)))
         return results
 
     def close(self) -> None:
@@ -82,9 +88,8 @@ class TemplateProcess:
         child, self._child = self._child, None
         if child is None:
             return
-        if self._owner == os.getpid():
-            child.kill()
-            child.wait()
+        child.kill()
+        child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -108,17 +113,16 @@ class TemplateProcess:
         except TimeoutError:
             self.close()
             results.append(TemplateFailure("time", f"not done after {self.limits.seconds:g} s"))
-        except (OSError, EOFError):
-            code = child.wait()
+        except (OSError, EOFError, ValueError):  # ValueError: what came back is no JSON
             self.close()
-            results.append(_death(code, self.limits))
+            results.append(_death(child.returncode, self.limits))
         else:
             if any(isinstance(result, TemplateFailure) and result.kind == "memory" for result in results):
                 self.close()
         return results
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._child is not None and (self._owner != os.getpid() or self._child.poll() is not None):
+        if self._child is not None and self._child.poll() is not None:
             self.close()
         if self._child is None:
             self._child = subprocess.Popen(
@@ -130,14 +134,15 @@ class TemplateProcess:
                 cwd="/",
                 close_fds=True,
             )
-            self._owner = os.getpid()
         return self._child
 
     def _read_frame(self, child: subprocess.Popen[bytes]) -> dict[str, Any]:
         # Twice the time a row may use: the kernel's limit on processor time speaks first, this one is for sleepers and
         # for a machine that is busy. The first row also waits for the interpreter to start.
         deadline = time.monotonic() + 2 * self.limits.seconds + 10.0
-        length = struct.unpack(">I", _read_exactly(child, 4, deadline))[0]
+        length: int = struct.unpack(">I", _read_exactly(child, 4, deadline))[0]
+        if length > 12 * self.limits.max_characters + 65536:  # JSON writes a character in at most twelve bytes
+            raise EOFError
         answer: dict[str, Any] = json.loads(_read_exactly(child, length, deadline))
         return answer
 
@@ -173,16 +178,18 @@ def _result(answer: dict[str, Any]) -> RenderedText | TemplateFailure:
     return RenderedText(answer["text"], tuple((start, end) for start, end in answer["generation"]))
 
 
-def _death(code: int, limits: Limits) -> TemplateFailure:
-    if code in (-24, -9):  # SIGXCPU, SIGKILL at the hard limit
+def _death(code: int | None, limits: Limits) -> TemplateFailure:
+    if code == -signal.SIGXCPU:
         return TemplateFailure("time", f"killed after {limits.seconds:g} s of processor time")
     return TemplateFailure("memory", f"the template process died (exit status {code})")
 
 
-_shared = TemplateProcess()
-atexit.register(_shared.close)
+_shared = [TemplateProcess()]
+atexit.register(lambda: _shared[-1].close())
+# A forked child must neither speak on its parent's pipes nor wait for a lock that no thread of its own will release.
+os.register_at_fork(after_in_child=lambda: _shared.append(TemplateProcess()))
 
 
 def render_template(template: str, rows: Sequence[dict[str, Any]]) -> list[RenderedText | TemplateFailure]:
     """Render with this process's shared worker."""
-    return _shared.render(template, rows)
+    return _shared[-1].render(template, rows)
