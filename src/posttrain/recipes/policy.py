@@ -1,0 +1,59 @@
+"""A policy as recipes hold it: the decoder, its tokenizer and its chat template, from one folder and back to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from posttrain import models
+from posttrain.core import ModelError
+from posttrain.engine import LocalEngine
+from posttrain.render import Renderer, Tokenizer
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is trained, sampled and served."""
+
+    model: models.Decoder
+    tokenizer: Tokenizer
+    renderer: Renderer
+    path: Path
+
+    def engine(self, *, slots: int = 64, dtype: str = "float32", seed: int = 0) -> LocalEngine:
+        """A sampler of this policy. In float32 it shares the weights; in another dtype it samples from a copy."""
+        kind = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        return LocalEngine(self.model, self.tokenizer, max_batch=slots, dtype=kind, seed=seed)
+
+    def save(self, folder: Path) -> Path:
+        """Write a Hugging Face folder that `transformers` loads."""
+        models.save(self.model, folder, tokenizer=self.tokenizer)
+        return folder
+
+
+def load_policy(
+    name_or_path: str, *, device: str = "cpu", dtype: str = "float32", template: Path | None = None
+) -> Policy:
+    """Load a policy from a local folder or a Hugging Face name.
+
+    Args:
+        name_or_path: folder with config.json, safetensors and tokenizer.json, or "owner/name" (needs a network).
+        device: "cpu", "cuda", "cuda:0" …
+        dtype: of the weights; the optimiser's master weights are float32 in any case.
+        template: a chat template file that replaces the folder's own.
+
+    Raises:
+        ModelError: the folder lacks something, or the tokenizer knows more ids than the model has rows.
+    """
+    folder = models.resolve(name_or_path)
+    model = models.load(folder, dtype=dtype, device=device)
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ModelError(
+            f"{folder}: the tokenizer gives ids up to {tokenizer.vocab_size - 1}, "
+            f"the model has embeddings for {model.config.vocab_size}"
+        )
+    text = template.read_text(encoding="utf-8") if template else None
+    return Policy(model, tokenizer, Renderer(tokenizer, text), folder)

@@ -1,0 +1,159 @@
+"""Supervised fine-tuning: prompts and completions in, a tuned model out.
+
+The loss is the mean negative log-likelihood over what the assistant wrote (its end-of-turn token included), normalised
+by the step's tokens, so that accumulation and packing change nothing. Left out on purpose: everything that a batch of
+rows and an optimiser do not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from posttrain import data as rows
+from posttrain.core import DataError, Example, RenderError, Task, TokenSequence, UsageError, recipe
+from posttrain.data import CompletionRow
+from posttrain.recipes.policy import load_policy
+from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
+from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
+from posttrain.render import Renderer
+from posttrain.train import TrainConfig
+
+
+@recipe
+def sft(
+    *,
+    model: str,
+    data: Path,
+    columns: str | None = None,
+    chat: bool = False,
+    template: Path | None = None,
+    limit: int | None = None,
+    held_out: int = 64,
+    epochs: float = 2.0,
+    batch_size: int = 32,
+    lr: float = 5e-6,
+    schedule: Literal["linear", "cosine", "constant"] = "linear",
+    warmup: float = 0.03,
+    weight_decay: float = 0.0,
+    max_length: int = 2048,
+    micro_tokens: int = 8192,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    device: str = "cpu",
+    seed: int = 0,
+    name: str = "sft",
+    runs: Path = RUNS,
+    resume: Path | None = None,
+) -> Path:
+    """Supervised fine-tuning on prompts and completions.
+
+    Learning rate, schedule, warm-up and epochs default to Tülu 3's for 8B (arXiv 2411.15124); a small model made from
+    nothing wants 1e-4 to 1e-3.
+
+    Args:
+        model: folder of the model to tune, or a Hugging Face name.
+        data: rows with prompts and completions: JSONL, parquet, CSV, a saved `datasets` folder; TRL, Alpaca, ShareGPT.
+        columns: which columns to read, as `prompt=question,completion=answer`.
+        chat: wrap plain text prompts and completions as a user's and an assistant's turn of the chat template.
+        template: a chat template file that replaces the model's own.
+        limit: read at most this many rows.
+        held_out: examples kept apart to measure the loss on.
+        epochs: how often each example is seen.
+        batch_size: examples per optimiser step.
+        lr: peak learning rate.
+        schedule: course of the learning rate after warm-up.
+        warmup: fraction of the steps.
+        weight_decay: of matrices.
+        max_length: longer examples are left out and counted, tokens.
+        micro_tokens: tokens per packed micro-batch.
+        dtype: of matrix products; master weights are float32.
+        device: cpu, cuda, cuda:0 …
+        seed: decides order and the held-out examples.
+        name: of the tuned model in the registry.
+        runs: folder of runs.
+        resume: run folder to go on with.
+    """
+    options = dict(locals())
+    with open_workbench("sft", options, runs=runs, resume=resume) as bench:
+        policy = load_policy(model, device=device, template=template)
+        source = bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
+        loaded = rows.load(
+            data, kind="completion", columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl"
+        )
+        bench.say(loaded.report.summary())
+        pairs = [row for row in loaded.rows if isinstance(row, CompletionRow)]
+        longest = min(max_length, policy.model.config.max_positions)
+        examples = completion_examples(bench, policy.renderer, pairs, longest, chat=chat)
+        kept, apart = split_held_out(examples, held_out, seed)
+        steps = steps_of(len(kept), batch_size, epochs)
+        config = Supervised(
+            train=TrainConfig(
+                lr=lr,
+                schedule=schedule,
+                warmup=warmup,
+                weight_decay=weight_decay,
+                total_steps=steps,
+                micro_tokens=micro_tokens,
+                dtype=dtype,
+                seed=seed,
+            ),
+            batch_size=batch_size,
+            steps=steps,
+            evaluate_every=max(1, steps // 10),
+            seed=seed,
+        )
+        summary = supervised_loop(bench, policy.model, kept, apart, config, title="sft")
+        tuned = policy.save(bench.run.path / "model")
+        bench.registry.add_run(bench.run)
+        parent = bench.registry.add_artifact(policy.path, kind="model", name=str(model), storage="reference")
+        card = bench.registry.add_artifact(
+            tuned, kind="model", name=name, parents=[source.id, parent.id], run=bench.run.id, storage="reference"
+        )
+        if apart:
+            bench.say(
+                f"held-out loss {summary['nll_before']:.4f} → {summary['nll_after']:.4f} nats per token "
+                f"on {len(apart)} examples"
+            )
+        bench.say(f"model {card.short()} in {tuned}")
+        return bench.run.path
+
+
+def completion_examples(
+    bench: Workbench, renderer: Renderer, pairs: Sequence[CompletionRow], max_length: int, *, chat: bool = False
+) -> list[Example]:
+    """Token sequences with the loss mask of what the assistant wrote.
+
+    Rows that the chat template refuses and rows longer than `max_length` tokens are left out, counted and logged.
+
+    Raises:
+        DataError: more than 5 % of the rows are refused, or none is left.
+        UsageError: the rows are conversations and the model has no chat template.
+    """
+    examples: list[Example] = []
+    refused: list[str] = []
+    too_long = 0
+    for row in pairs:
+        row = rows.as_chat(row) if chat else row
+        try:
+            rendered = renderer.completion_pair(Task(id=row.id, prompt=row.prompt, tools=row.tools), row.completion)
+        except RenderError as error:
+            refused.append(f"{row.id}: {error}")
+            continue
+        if len(rendered.tokens) > max_length:
+            too_long += 1
+            continue
+        sequence = TokenSequence(tokens=rendered.tokens, mask=rendered.mask)
+        examples.append(Example(id=row.id, sequences=(sequence,)))
+    if refused:
+        bench.run.event("refused rows", count=len(refused), first=refused[:5])
+    if too_long:
+        bench.say(f"{too_long} of {len(pairs)} rows are longer than {max_length} tokens and left out")
+    if refused and len(refused) == len(pairs):
+        raise UsageError(f"the chat template refuses every row; first: {refused[0]}")
+    if len(refused) > 0.05 * len(pairs) or not examples:
+        raise DataError(
+            f"{len(refused)} of {len(pairs)} rows refused by the chat template, {too_long} too long, "
+            f"{len(examples)} left. First refusals: {'; '.join(refused[:3])}"
+        )
+    return examples

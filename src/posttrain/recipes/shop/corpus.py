@@ -1,0 +1,94 @@
+"""The text that the base model is made from: the schema, the shop's own records, its queries and its questions.
+
+As in continued pre-training on a company's documents: the schema, a glossary that says what single expressions mean in
+SQL ("customers living in Paris" is `customers.city = 'Paris'`), records, and the logs of questions and of queries.
+Nothing here pairs a question with its query: the two logs are separate documents, of the training combinations only.
+"""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from posttrain.core import generator
+from posttrain.recipes.shop.database import SCHEMA
+from posttrain.recipes.shop.grammar import AGGREGATES, CONDITIONS, GROUPED, JOINED, MEASURED, NOUNS
+from posttrain.recipes.shop.language import Question
+
+
+def pretraining_texts(
+    database: Path, questions: Sequence[Question], *, num_glossary: int, num_records: int, seed: int
+) -> list[str]:
+    """Documents to pre-train on, shuffled.
+
+    Args:
+        database: the shop, whose rows become sentences and INSERT statements.
+        questions: their texts and their queries become separate documents.
+        num_glossary: how many glossary entries.
+        num_records: how many rows to describe.
+        seed: decides which rows and the order.
+    """
+    draw = generator(seed, "shop corpus")
+    documents = [statement.strip() + ";" for statement in SCHEMA.split(";") if statement.strip()] * 4
+    records = list(_records(database))
+    documents += draw.choices(records, k=num_records)
+    documents += [_glossary_entry(draw) for _ in range(num_glossary)]
+    documents += [question.text for question in questions]
+    documents += [question.sql for question in questions]
+    draw.shuffle(documents)
+    return documents
+
+
+def _glossary_entry(draw: random.Random) -> str:
+    """What one expression means: a condition with a value (mostly), a measure, or a grouping."""
+    kind = draw.random()
+    if kind < 0.8:
+        table = draw.choice(tuple(NOUNS))
+        condition = draw.choice((*CONDITIONS.get(table, ()), *JOINED.get(table, ())))
+        value = draw.choice(condition.values.train + condition.values.evaluation)
+        phrase = draw.choice(condition.phrases).format(v=value)
+        return f"{draw.choice(NOUNS[table])} {phrase}\n{condition.sql(value)}"
+    table = draw.choice(tuple(MEASURED))
+    if kind < 0.92:
+        column, words = draw.choice(tuple(MEASURED[table].items()))
+        aggregate, adjectives = draw.choice(tuple(AGGREGATES.items()))
+        noun = draw.choice(NOUNS[table])
+        return f"{draw.choice(adjectives)} {draw.choice(words)} of {noun}\n{aggregate}({table}.{column})"
+    group, (singular, _) = draw.choice(tuple(GROUPED[table].items()))
+    return f"{draw.choice(NOUNS[table])} {draw.choice(('per', 'for each', 'by'))} {singular}\nGROUP BY {group}"
+
+
+def _records(database: Path) -> list[str]:
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    try:
+        rows = connection.execute("SELECT * FROM customers").fetchall()
+        documents = [
+            f"customer {name} living in {city} in the {segment} segment joined {joined} with credit {credit}\n"
+            f"customers.name = '{name}' AND customers.city = '{city}' AND customers.segment = '{segment}' "
+            f"AND customers.joined = {joined} AND customers.credit = {credit}"
+            for _, name, city, segment, joined, credit in rows
+        ]
+        rows = connection.execute("SELECT * FROM suppliers").fetchall()
+        documents += [
+            f"supplier {name} based in {country} with a rating of {rating}\n"
+            f"suppliers.name = '{name}' AND suppliers.country = '{country}' AND suppliers.rating = {rating}"
+            for _, name, country, rating in rows
+        ]
+        rows = connection.execute("SELECT * FROM products").fetchall()
+        documents += [
+            f"product {name} of the {category} category with a price of {price} and {stock} in stock\n"
+            f"products.name = '{name}' AND products.category = '{category}' AND products.price = {price} "
+            f"AND products.stock = {stock}"
+            for _, name, category, price, stock, _ in rows
+        ]
+        rows = connection.execute("SELECT * FROM orders").fetchall()
+        documents += [
+            f"order {number} marked {status} placed in {year} worth {total}\n"
+            f"orders.id = {number} AND orders.status = '{status}' AND orders.year = {year} AND orders.total = {total}"
+            for number, _, status, year, total in rows
+        ]
+        return documents
+    finally:
+        connection.close()
