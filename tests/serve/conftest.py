@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,13 @@ class PacedEngine:
                 top_logprobs=tuple({t: -0.25, ord("z"): -2.0} for t in tokens) if top else (),
             )
         return Event(index, (token,), text, (-0.5,), (-0.25,), top, completion)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 @pytest.fixture

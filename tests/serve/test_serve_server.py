@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -39,15 +38,8 @@ with FeedbackStore(Path(sys.argv[2])) as store:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
 @contextmanager
-def process(path: Path, step_s: float, drain_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    port = free_port()
+def process(path: Path, port: int, step_s: float, drain_s: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
     conftest = Path(__file__).with_name("conftest.py")
     arguments = [str(conftest), str(path), str(port), str(step_s), str(drain_s)]
     child = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, text=True)
@@ -69,8 +61,8 @@ def process(path: Path, step_s: float, drain_s: float) -> Iterator[tuple[subproc
 
 
 @pytest.mark.slow
-def test_sigterm_is_not_ready_at_once_drains_and_ends_cleanly(tmp_path: Path) -> None:
-    with process(tmp_path / "store.db", step_s=0.05, drain_s=30) as (child, url):
+def test_sigterm_is_not_ready_at_once_drains_and_ends_cleanly(tmp_path: Path, free_port: int) -> None:
+    with process(tmp_path / "store.db", free_port, step_s=0.05, drain_s=30) as (child, url):
         with httpx.stream("POST", url + "/v1/chat/completions", json=CHAT) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -93,9 +85,9 @@ def test_sigterm_is_not_ready_at_once_drains_and_ends_cleanly(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_what_is_not_done_at_the_deadline_is_cancelled_and_logged(tmp_path: Path) -> None:
+def test_what_is_not_done_at_the_deadline_is_cancelled_and_logged(tmp_path: Path, free_port: int) -> None:
     with (
-        process(tmp_path / "store.db", step_s=1.0, drain_s=0.5) as (child, url),
+        process(tmp_path / "store.db", free_port, step_s=1.0, drain_s=0.5) as (child, url),
         httpx.stream("POST", url + "/v1/chat/completions", json=CHAT) as answer,
     ):
         lines = answer.iter_lines()
