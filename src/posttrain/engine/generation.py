@@ -40,7 +40,6 @@ class Generation:
         self.deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         self.timeout_s = timeout_s
         self.num_started = 0  # siblings that have sampled their first token
-        self.withdrawn = False
         self._seed = seed
         self._cancel = cancel
         self._completions: list[Completion | None] = [None] * request.sampling.n

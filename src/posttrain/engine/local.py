@@ -307,7 +307,12 @@ class LocalEngine:
             self._post(lambda: self._stepper.withdraw(generation, StopReason.CANCELLED))
 
     def _add_gathered(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._add(self._gathering.pop(loop))
+        generations = self._gathering.pop(loop)
+        try:
+            self._add(generations)
+        except EngineError:  # closed since: nobody else would tell them
+            for generation in generations:
+                self._stepper.withdraw(generation, StopReason.CANCELLED, "the engine was closed")
 
     def _add(self, generations: Sequence[Generation]) -> None:
         def add() -> None:

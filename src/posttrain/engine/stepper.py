@@ -75,7 +75,9 @@ class Stepper:
         return bool(self.waiting or self.ready or self.reader.long or self.rows.num_running)
 
     def add(self, generation: Generation) -> None:
-        """Queue a request."""
+        """Queue a request, unless it was withdrawn before it came here."""
+        if generation.done:
+            return
         self.waiting.append(generation)
         self._may_expire |= generation.deadline != math.inf
 
@@ -83,7 +85,6 @@ class Stepper:
         """End a request wherever it is; siblings that run keep what they have written."""
         if generation.done:
             return
-        generation.withdrawn = True
         if generation in self.waiting:
             self.waiting.remove(generation)
         self.ready = deque(prompt for prompt in self.ready if prompt.generation is not generation)
