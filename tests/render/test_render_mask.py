@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from posttrain.core import Message, RenderError, Task, ToolCall, ToolSpec, assistant, system, user
 from posttrain.render import CHATML, Renderer, Tokenizer
 from posttrain.render.assistant_spans import token_mask
+from posttrain.render.marks import Marker
 from posttrain.render.survey import masked_texts, template_tokenizer
 
 EOT = "<|im_end|>"
@@ -39,6 +40,13 @@ ADD = ToolSpec(name="add", description="Add.", parameters={"type": "object", "pr
 @pytest.fixture(scope="module")
 def chatml(small: Tokenizer) -> Renderer:
     return Renderer(small)
+
+
+def test_marks_avoid_the_private_characters_of_the_messages() -> None:
+    assert Marker.for_messages([user("a")]).base == 0xF2000
+    assert Marker.for_messages([user("a \U000f2001")]).base == 0x100000
+    with pytest.raises(RenderError, match="no private-use characters"):
+        Marker.for_messages([user("\U000f2001 \U00100001")])
 
 
 def test_worked_by_hand() -> None:

@@ -14,6 +14,7 @@ Where either cannot be told, the caller refuses: a mask that is nearly right tra
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -144,11 +145,10 @@ def token_mask(
         whole: T, True for control tokens. One that begins before a span is the template's, even if it swallowed white
             space at the span's start.
     """
-    mask = []
-    at = 0
-    for (start, end), control in zip(offsets, whole, strict=True):
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        inside = at < len(spans) and spans[at][0] < end and start < spans[at][1] and start < end
-        mask.append(inside and not (control and start < spans[at][0]))
+    starts = [start for start, _ in offsets]
+    ends = [end for _, end in offsets]
+    mask = [False] * len(offsets)
+    for first, last in spans:
+        for at in range(bisect_right(ends, first), bisect_left(starts, last)):
+            mask[at] |= starts[at] < ends[at] and not (whole[at] and starts[at] < first)
     return tuple(mask)

@@ -6,6 +6,8 @@ marks tell exactly where each message's text lies; if not, the template looks at
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +59,7 @@ class Marker:
         Raises:
             RenderError: the conversation is too long, or uses both private planes.
         """
-        text = "".join(str(message.to_dict()) for message in messages)
+        text = "".join(json.dumps(message.to_dict(), ensure_ascii=False) for message in messages)
         needed = MARKS_PER_MESSAGE * len(messages)
         for low, high in PLANES:
             if low + needed <= high and not any(low <= ord(character) <= high for character in set(text)):
@@ -91,12 +93,11 @@ class Marker:
         seen: dict[int, list[int]] = {}
         start = 0
         top = max(high for low, high in PLANES if low == self.base)
-        for at, character in enumerate(rendered):
-            if self.base <= ord(character) <= top:
-                plain.append(rendered[start:at])
-                length += at - start
-                start = at + 1
-                seen.setdefault(ord(character) - self.base, []).append(length)
+        for match in re.finditer(f"[{chr(self.base)}-{chr(top)}]", rendered):
+            plain.append(rendered[start : match.start()])
+            length += match.start() - start
+            start = match.end()
+            seen.setdefault(ord(match.group()) - self.base, []).append(length)
         plain.append(rendered[start:])
         # A tool's name may come again in the header of its answer; the call is the first.
         once = {number: at[0] for number, at in seen.items() if len(at) == 1 or number % MARKS_PER_MESSAGE >= 4}

@@ -282,8 +282,8 @@ class Renderer:
             spans = finder.tagged_spans(whole, spans)
             if not spans:
                 raise RenderError(
-                    "the chat template's {% generation %} marks cover none of the assistant's turns; correct the marks, "
-                    "or take them out and let the turns be found"
+                    "the chat template's {% generation %} marks cover none of the assistant's turns; correct the "
+                    "marks, or take them out and let the turns be found"
                 )
         return whole.text, spans
 
