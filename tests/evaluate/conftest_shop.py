@@ -171,7 +171,6 @@ def shop_run(root: Path, *, hostile: bool = False) -> evaluate.RunReport:
         registry.promote(project, registry.card(grpo.id), comparison=last, gate=gate, actor="nightly")
         registry.rollback(project, actor="ada", reason="complaints about joins" + (HOSTILE if hostile else ""))
         registry.rollback(project, to=grpo.id, actor="ada", reason="the complaints were about the schema")
-        names = {base.id: "base", sft.id: "SFT", grpo.id: "GRPO"}
         return evaluate.build_run_report(
             run,
             title="Text to SQL for a shop" + (HOSTILE if hostile else ""),
@@ -186,7 +185,7 @@ def shop_run(root: Path, *, hostile: bool = False) -> evaluate.RunReport:
                     name="GRPO", report=reports[2], tokens=1_220_000, seconds=163.0, note="200 steps, 24 prompts × 8"
                 ),
             ],
-            comparisons=[c.replace(candidate=names[c.candidate], champion=names[c.champion]) for c in (first, last)],
+            comparisons=[first, last],
             facts={"seed": "0", "machine": "2 cores, no GPU"},
             registry=registry,
             model=grpo.id,

@@ -78,6 +78,7 @@ def test_the_page_tells_the_whole_story(report: evaluate.RunReport, html: str) -
     assert text.count("refused") >= 1
     assert "its lower bound must be above" in text
     assert "150 of 300 tasks are shown" in text
+    assert "GRPO against SFT" in text
     assert "rewards/sql_result/mean" in text
 
 
@@ -245,16 +246,25 @@ def test_numbers_for_people(value: float, text: str) -> None:
 
 def test_known_metrics_find_their_chart_also_behind_a_stage() -> None:
     rows = [
-        {"step": 1.0, "sft/loss": 2.0, "reward": 0.1, "eval/accuracy": 0.2, "odd": 1.0},
-        {"step": 2.0, "reward": 0.3},
+        {"step": 1.0, "sft/loss": 2.0, "sft/entropy": 1.0, "sft/odd": 1.0},
+        {"step": 1.0, "grpo/reward": 0.1, "grpo/eval/accuracy": 0.2, "grpo/completions/mean_length": 9.0},
+        {"step": 2.0, "grpo/reward": 0.3, "eval/nll": 1.0, "entropy": 0.5},
     ]
     from posttrain.evaluate.run_report import _charts
 
     known, rest = _charts(rows)
-    assert known == {"Reward": ["reward"], "Accuracy": ["eval/accuracy"], "sft · Loss": ["sft/loss"]}
-    assert rest == {"odd": ["odd"]}
+    assert list(known.items()) == [
+        ("sft · Loss", ["sft/loss"]),
+        ("sft · Entropy", ["sft/entropy"]),
+        ("grpo · Reward", ["grpo/reward"]),
+        ("grpo · Accuracy", ["grpo/eval/accuracy"]),
+        ("grpo · Completion length (tokens)", ["grpo/completions/mean_length"]),
+        ("Held-out loss (per token)", ["eval/nll"]),
+        ("Entropy", ["entropy"]),
+    ]
+    assert rest == {"sft/odd": ["sft/odd"]}
     curves = evaluate.curves_from_metrics(rows, known)
-    assert curves[0].series == {"reward": ((1.0, 0.1), (2.0, 0.3))}
+    assert curves[2].series == {"grpo/reward": ((1.0, 0.1), (2.0, 0.3))}
 
 
 def _lineage(edges: list[tuple[str, str]]) -> Lineage:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 from conftest_sums import SumGrader, SumSampler, pair_tokens, sum_tasks
 
-from posttrain import evaluate
-from posttrain.core import EvalReport, EvaluateError, Sampling, Task
+from posttrain import evaluate, grade
+from posttrain.core import Completion, EvalReport, EvaluateError, SampleRequest, Sampling, StopReason, Task
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 FOUR = Sampling(max_tokens=8, temperature=1.0, n=4)
@@ -155,3 +156,45 @@ def test_a_suite_from_tasks_and_from_rows(tmp_path: Path) -> None:
     from_rows = evaluate.suite_from_file(tmp_path / "rows.jsonl", grader=SumGrader(), sampling=GREEDY)
     assert [task.answer for task in from_rows.tasks] == ["2", "3", "4", "5"]
     assert _run(from_rows, SumSampler()).metrics["accuracy"].value == 1.0
+
+
+class Solutions:
+    """Answers task number i with the i-th text; a task's prompt is its number."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    async def sample(self, requests: list[SampleRequest]) -> list[list[Completion]]:
+        return [[self._one(self.texts[request.prompt[0]])] for request in requests]
+
+    def _one(self, text: str) -> Completion:
+        return Completion(tokens=(1,), logprobs=(0.0,), policy_logprobs=(0.0,), text=text, stop_reason=StopReason.EOS)
+
+
+def test_published_samples_of_gsm8k_score_as_their_labels_say() -> None:
+    """1,055 questions with a real model's answers and their published verdicts: the whole path from file to report."""
+    folder = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "math"
+    if not folder.is_dir():
+        pytest.skip("the shared data folder is not here")
+    with gzip.open(folder / "gsm8k_example_model_solutions.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    tasks = [
+        Task(id=str(i), prompt=row["question"], answer=row["ground_truth"].rpartition("A:")[2].strip())
+        for i, row in enumerate(rows)
+    ]
+    published = [row["175b_verification"] for row in rows]
+    suite = evaluate.Suite("gsm8k", tasks, GREEDY, grade.Number())
+    report = evaluate.run_suite_sync(
+        suite, Solutions([entry["solution"] for entry in published]), lambda task: (int(task.id),), model="175b"
+    )
+    right = sum(entry["is_correct"] for entry in published)
+    agree = sum(evaluate.is_right(s) == entry["is_correct"] for s, entry in zip(report.samples, published, strict=True))
+    assert len(rows) == 1055
+    assert agree / len(rows) > 0.99
+    accuracy = report.metrics["accuracy"]
+    assert accuracy.low < right / len(rows) < accuracy.high
+    assert accuracy.high - accuracy.low == pytest.approx(0.06, abs=0.01)
+    weaker = [entry["solution"] for entry in (row["6b_finetuning"] for row in rows)]
+    other = evaluate.run_suite_sync(suite, Solutions(weaker), lambda task: (int(task.id),), model="6b")
+    assert evaluate.compare(report, other).better
+    assert not evaluate.compare(other, report).better

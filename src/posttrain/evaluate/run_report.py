@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from posttrain.core import Comparison, EvalReport, EvalSample, Interval, Record, read_metrics
+from posttrain.core import Comparison, EvalReport, EvalSample, Record, read_metrics
 from posttrain.evaluate.line_chart import Curve, curves_from_metrics
 from posttrain.evaluate.scores import is_right
 from posttrain.registry import Lineage, Promotion, Registry, RunFolder
@@ -14,13 +14,14 @@ from posttrain.registry import Lineage, Promotion, Registry, RunFolder
 MAX_TASKS = 150
 MAX_TEXT = 6000  # characters of one text that the page shows
 
-# Metrics that have a chart of their own, in the order of the page: title → names that share it. A name matches also
-# behind a stage's prefix ("sft/loss").
+# Metrics that have a chart of their own, in the order of the page: title → names that share it. Also known behind a
+# stage's prefix ("sft/loss").
 KNOWN_CHARTS: dict[str, tuple[str, ...]] = {
     "Reward": ("reward",),
     "Reward spread": ("reward_std",),
     "Accuracy": ("accuracy", "eval/accuracy"),
-    "Loss": ("loss", "eval_loss"),
+    "Loss": ("loss",),
+    "Held-out loss (per token)": ("eval/nll", "eval/loss", "eval_loss"),
     "Token accuracy": ("mean_token_accuracy",),
     "Reward margins": ("rewards/margins",),
     "Completion length (tokens)": ("completions/mean_length",),
@@ -114,6 +115,7 @@ def build_run_report(
 
     Args:
         stages: models on the way with their reports, first to last; their answers are shown side by side.
+        comparisons: of stages; they are shown under the stages' names.
         charts: title → metric names; by default every known metric of `metrics.jsonl`, the others folded away.
         registry: for lineage, promotions and champions.
         model: the artifact whose lineage is drawn (id, prefix or name).
@@ -139,7 +141,7 @@ def build_run_report(
         facts={**all_facts, **_code(state.code), **(facts or {})},
         notes=(*notes, *_warnings(stages)),
         stages=tuple(stages),
-        comparisons=tuple(comparisons),
+        comparisons=tuple(_named(comparison, stages) for comparison in comparisons),
         curves=curves_from_metrics(rows, known),
         other_curves=curves_from_metrics(rows, rest),
         tasks=tasks,
@@ -195,18 +197,33 @@ def _shown(own: Mapping[str, EvalSample]) -> ShownTask:
 
 
 def _charts(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Known metrics with their titles, and the others each under its own name."""
+    """Known metrics with their titles, stage by stage, and the others each under its own name."""
     names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
-    known: dict[str, list[str]] = {}
-    for title, wanted in KNOWN_CHARTS.items():
-        for want in wanted:
-            for name in names:
-                prefix = name[: -len(want)].rstrip("/") if name.endswith(want) else None
-                if name == want or (prefix and name == f"{prefix}/{want}" and "/" not in prefix):
-                    known.setdefault(f"{prefix} · {title}" if prefix and prefix != "eval" else title, []).append(name)
-    known = {title: list(dict.fromkeys(taken)) for title, taken in known.items()}
+    of_metric = {metric: title for title, metrics in KNOWN_CHARTS.items() for metric in metrics}
+    found: dict[str, dict[str, list[str]]] = {}  # stage → title → names
+    for name in names:
+        prefix, _, rest = name.partition("/")
+        if name in of_metric:
+            found.setdefault("", {}).setdefault(of_metric[name], []).append(name)
+        elif rest in of_metric:
+            found.setdefault(prefix, {}).setdefault(of_metric[rest], []).append(name)
+    known = {
+        f"{stage} · {title}" if stage else title: titles[title]
+        for stage, titles in found.items()
+        for title in KNOWN_CHARTS
+        if title in titles
+    }
     used = {name for taken in known.values() for name in taken}
     return known, {name: [name] for name in names if name not in used}
+
+
+def _named(comparison: Comparison, stages: Sequence[Stage]) -> Comparison:
+    """The stages' names in place of the models' ids."""
+    names = {stage.report.model: stage.name for stage in stages}
+    return comparison.replace(
+        candidate=names.get(comparison.candidate, comparison.candidate),
+        champion=names.get(comparison.champion, comparison.champion),
+    )
 
 
 def _warnings(stages: Sequence[Stage]) -> list[str]:
@@ -230,8 +247,3 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def percent(interval: Interval) -> str:
-    """A share with its interval, in percent: "88.4 % (84.1 to 91.7)"."""
-    return f"{100 * interval.value:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
