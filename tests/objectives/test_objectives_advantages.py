@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from posttrain.objectives import group_advantages, leave_one_out
 
 rewards = st.lists(st.lists(st.floats(-10, 10, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
@@ -47,7 +48,11 @@ def test_failed_siblings_are_left_out_of_mean_and_std():
 @settings(max_examples=50, deadline=None)
 def test_a_shift_of_all_rewards_changes_nothing(values, shift):
     rewards_PG = torch.tensor(values, dtype=torch.float64)
-    for advantages in (lambda r: group_advantages(r, std=True), lambda r: group_advantages(r, std=False), leave_one_out):
+    for advantages in (
+        lambda r: group_advantages(r, std=True),
+        lambda r: group_advantages(r, std=False),
+        leave_one_out,
+    ):
         torch.testing.assert_close(advantages(rewards_PG + shift), advantages(rewards_PG), rtol=1e-6, atol=1e-6)
 
 

@@ -2,9 +2,10 @@
 
 import math
 
-import posttrain.objectives as objectives
 import pytest
 import torch
+
+import posttrain.objectives as objectives
 from posttrain.objectives import combine, entropy, kl_estimate, nll, sequence_mean, sequence_sum, sequence_weights
 
 

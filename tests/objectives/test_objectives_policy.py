@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from posttrain.objectives import (
     combine,
     importance_weights,
@@ -167,11 +168,10 @@ def test_accumulated_is_whole_for_every_normalisation():
         (sequence_weights(sequence_N, 3, logprobs), 3.0),
         (None, 3.0 * 16),
     ]:
+
         def grads(part, weights=weights, denominator=denominator):
             weights_N = None if weights is None else weights[part]
-            return gradient(
-                logprobs[part], old[part], advantages[part], denominator=denominator, weights_N=weights_N
-            )
+            return gradient(logprobs[part], old[part], advantages[part], denominator=denominator, weights_N=weights_N)
 
         torch.testing.assert_close(torch.cat([grads(part) for part in parts]), grads(slice(None)))
 

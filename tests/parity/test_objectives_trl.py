@@ -7,6 +7,7 @@ delta; truncated importance sampling): https://huggingface.co/docs/trl/grpo_trai
 import numpy as np
 import pytest
 import torch
+
 from posttrain.objectives import (
     combine,
     group_advantages,

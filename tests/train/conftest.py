@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from posttrain import models
 from posttrain.core import Example, TokenSequence
 
@@ -54,7 +55,7 @@ def make_examples():
             prompt = rng.randint(1, length - 1)
             return TokenSequence(
                 tokens=tuple(rng.randrange(VOCAB) for _ in range(length)),
-                mask=tuple(index >= prompt and rng.random() < 0.9 or index == prompt for index in range(length)),
+                mask=tuple((index >= prompt and rng.random() < 0.9) or index == prompt for index in range(length)),
                 columns={
                     name: tuple(rng.gauss(mean, 0.3) for _ in range(length))
                     for name, mean in [
@@ -77,3 +78,19 @@ def make_examples():
         ]
 
     return make
+
+
+@pytest.fixture
+def before_update(monkeypatch):
+    """A function that has a look at the gradients just before the weights move, after clipping."""
+
+    def watch(trainer, look):
+        update = trainer._optimiser.step
+
+        def step(lr):
+            look()
+            update(lr)
+
+        monkeypatch.setattr(trainer._optimiser, "step", step)
+
+    return watch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from posttrain import objectives, train
 from posttrain.core import TrainError
 
@@ -16,16 +17,20 @@ OBJECTIVES = {
 }
 
 
-def stepped(make_model, examples, objective, **settings):
-    """Weights and metrics after one step of plain gradient descent would-be: AdamW's first step hides the scale, so
-    the gradient itself is recorded."""
-    model = make_model()
-    trainer = train.Trainer(model, train.TrainConfig(max_grad_norm=0, **settings), objective)
-    grads = {}
-    trainer._optimiser.register_step_pre_hook(
-        lambda *_: grads.update({name: weight.grad.clone() for name, weight in model.named_parameters()})
-    )
-    return grads, trainer.step(examples)
+@pytest.fixture
+def stepped(make_model, before_update):
+    """A function that takes one step and gives the gradient (AdamW's first update hides its scale) and the metrics."""
+
+    def take(examples, objective, **settings):
+        model = make_model()
+        trainer = train.Trainer(model, train.TrainConfig(max_grad_norm=0, **settings), objective)
+        grads = {}
+        before_update(
+            trainer, lambda: grads.update({name: weight.grad.clone() for name, weight in model.named_parameters()})
+        )
+        return grads, trainer.step(examples)
+
+    return take
 
 
 def same(first, second, rtol=1e-5):
@@ -35,10 +40,10 @@ def same(first, second, rtol=1e-5):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_accumulated_is_one_batch(make_model, make_examples, name):
+def test_accumulated_is_one_batch(stepped, make_examples, name):
     examples = make_examples(24, group_size=4)
-    whole, whole_metrics = stepped(make_model, examples, OBJECTIVES[name], micro_tokens=100_000)
-    parts, metrics = stepped(make_model, examples, OBJECTIVES[name], micro_tokens=40)
+    whole, whole_metrics = stepped(examples, OBJECTIVES[name], micro_tokens=100_000)
+    parts, metrics = stepped(examples, OBJECTIVES[name], micro_tokens=40)
     assert whole_metrics["num_micro_batches"] == 1
     assert metrics["num_micro_batches"] > 5
     same(whole, parts)
@@ -48,18 +53,18 @@ def test_accumulated_is_one_batch(make_model, make_examples, name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_packed_is_one_by_one(make_model, make_examples, name):
+def test_packed_is_one_by_one(stepped, make_examples, name):
     examples = make_examples(8, group_size=4)
-    packed, _ = stepped(make_model, examples, OBJECTIVES[name], micro_tokens=100_000)
-    single, metrics = stepped(make_model, examples, OBJECTIVES[name], micro_tokens=1)
+    packed, _ = stepped(examples, OBJECTIVES[name], micro_tokens=100_000)
+    single, metrics = stepped(examples, OBJECTIVES[name], micro_tokens=1)
     assert metrics["num_micro_batches"] == 8
     same(packed, single)
 
 
-def test_packed_is_padded(make_model, make_examples):
+def test_packed_is_padded(stepped, make_model, make_examples):
     """Against a padded batch through the decoder's plain forward, written out here."""
     examples = make_examples(6)
-    packed, metrics = stepped(make_model, examples, OBJECTIVES["token"], micro_tokens=100_000)
+    packed, metrics = stepped(examples, OBJECTIVES["token"], micro_tokens=100_000)
     sequences = [example.sequences[0] for example in examples]
     longest = max(len(sequence.tokens) for sequence in sequences)
     model = make_model()
@@ -92,9 +97,9 @@ def test_packed_is_padded(make_model, make_examples):
     same({name: weight.grad for name, weight in model.named_parameters()}, packed)
 
 
-def test_gradient_against_finite_differences(make_model, make_examples):
+def test_gradient_against_finite_differences(stepped, make_model, make_examples):
     examples = make_examples(4)
-    grads, _ = stepped(make_model, examples, OBJECTIVES["nll"])
+    grads, _ = stepped(examples, OBJECTIVES["nll"])
     direction = {name: torch.sign(grad) for name, grad in grads.items()}
     slope = sum((grads[name] * direction[name]).sum().item() for name in grads)
 
@@ -128,26 +133,24 @@ def test_zero_advantage_moves_nothing(make_model, make_examples):
         assert torch.equal(weight, before[name]), name
 
 
-def test_examples_without_targets_are_counted_and_change_nothing(make_model, make_examples):
+def test_examples_without_targets_are_counted_and_change_nothing(stepped, make_examples):
     examples = make_examples(6)
     empty = [
         example.replace(
             id=f"failed-{index}",
-            sequences=tuple(
-                sequence.replace(mask=(False,) * len(sequence.tokens)) for sequence in example.sequences
-            ),
+            sequences=tuple(sequence.replace(mask=(False,) * len(sequence.tokens)) for sequence in example.sequences),
         )
         for index, example in enumerate(examples[:2])
     ]
     for objective in OBJECTIVES.values():
-        alone, _ = stepped(make_model, examples, objective)
-        mixed, metrics = stepped(make_model, [*empty, *examples], objective)
+        alone, _ = stepped(examples, objective)
+        mixed, metrics = stepped([*empty, *examples], objective)
         assert metrics["num_empty_examples"] == 2.0
         assert metrics["num_examples"] == 8.0
         same(alone, mixed)
 
 
-def test_prompt_tokens_are_not_learned(make_model, make_examples):
+def test_prompt_tokens_are_not_learned(stepped, make_examples):
     """What a masked-out position says does not matter to the loss at targets before it."""
     example = make_examples(1)[0]
     sequence = example.sequences[0]
@@ -157,8 +160,8 @@ def test_prompt_tokens_are_not_learned(make_model, make_examples):
         columns={name: (*values, 9.0, 9.0, 9.0) for name, values in sequence.columns.items()},
     )
     longer = example.replace(sequences=(tail,))
-    first, _ = stepped(make_model, [example], OBJECTIVES["token"])
-    second, _ = stepped(make_model, [longer], OBJECTIVES["token"])
+    first, _ = stepped([example], OBJECTIVES["token"])
+    second, _ = stepped([longer], OBJECTIVES["token"])
     same(first, second)
 
 
@@ -195,7 +198,7 @@ def test_logprobs_are_those_of_the_model(make_model, make_examples):
                 assert column[position] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_objective_sees_which_sequence_is_which(make_model, make_examples):
+def test_the_objective_sees_which_sequence_is_which(stepped, make_model, make_examples):
     seen = []
 
     def pair_margin(stats, batch):
@@ -207,9 +210,9 @@ def test_the_objective_sees_which_sequence_is_which(make_model, make_examples):
         return loss, {"margin": objectives.mean(margin_E)}
 
     examples = make_examples(9, num_sequences=2)
-    whole, whole_metrics = stepped(make_model, examples, pair_margin, micro_tokens=100_000)
+    whole, whole_metrics = stepped(examples, pair_margin, micro_tokens=100_000)
     by_id = {example_id: (weight, chosen) for example_id, weight, chosen in seen}
-    parts, metrics = stepped(make_model, examples, pair_margin, micro_tokens=60)
+    parts, metrics = stepped(examples, pair_margin, micro_tokens=60)
     same(whole, parts)
     assert metrics["margin"] == pytest.approx(whole_metrics["margin"], rel=1e-4)
     assert metrics["num_micro_batches"] > 1

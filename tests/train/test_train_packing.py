@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from posttrain.train import Denominators, pack
 from posttrain.train.rows import to_rows
 
@@ -36,9 +37,7 @@ def test_denominators_count_what_carries_targets(make_examples):
             first.sequences[1].replace(mask=(False,) * len(first.sequences[1].tokens)),
         )
     )
-    none = examples[5].replace(
-        sequences=tuple(s.replace(mask=(False,) * len(s.tokens)) for s in examples[5].sequences)
-    )
+    none = examples[5].replace(sequences=tuple(s.replace(mask=(False,) * len(s.tokens)) for s in examples[5].sequences))
     counts = Denominators.of(to_rows([half, *examples[1:5], none]))
     assert counts.tokens == half.num_targets() + sum(example.num_targets() for example in examples[1:5])
     assert (counts.sequences, counts.examples, counts.groups) == (1 + 4 * 2, 5, 2)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from posttrain import models, train
 from posttrain.core import ConfigError, Example, TokenSequence, TrainError
 
@@ -85,9 +86,7 @@ def test_not_finite_is_stopped_before_the_weights_and_named(make_model, make_exa
     trainer = trainer_of(model, objective, micro_tokens=micro_tokens)
     trainer.step(examples)
     before = snapshot(model)
-    poisoned = [
-        one.replace(scalars={"weight": 1000.0}) if one.id == "example-3" else one for one in examples
-    ]
+    poisoned = [one.replace(scalars={"weight": 1000.0}) if one.id == "example-3" else one for one in examples]
     with pytest.raises(TrainError, match=r"step 2: .*nan.*caused by examples example-3\. "):
         trainer.step(poisoned)
     assert unchanged(model, before)
@@ -105,7 +104,7 @@ def test_broken_weights_are_told_apart_from_broken_examples(make_model, make_exa
         trainer_of(model).step(make_examples(3))
 
 
-def test_adamw_against_the_formula(make_model, make_examples):
+def test_adamw_against_the_formula(make_model, make_examples, before_update):
     """Two steps of AdamW written out: bias-corrected moments, decoupled decay, clipping."""
     lr, (beta1, beta2), eps, decay, limit = 0.01, (0.9, 0.99), 1e-8, 0.1, 0.5
     model = make_model(tie_embeddings=True)
@@ -113,8 +112,8 @@ def test_adamw_against_the_formula(make_model, make_examples):
     trainer = trainer_of(model, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, max_grad_norm=limit)
     expected = snapshot(model)
     moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in expected.items()}
-    trainer._optimiser.register_step_pre_hook(
-        lambda *_: grads.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+    before_update(
+        trainer, lambda: grads.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
     )
     for step in (1, 2):
         metrics = trainer.step(make_examples(4, seed=step))
@@ -136,7 +135,9 @@ def test_schedules_by_hand():
     linear = train.TrainConfig(lr=1.0, schedule="linear", warmup=2, total_steps=6)
     assert [linear.lr_at(step) for step in range(8)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
     cosine = train.TrainConfig(lr=2.0, schedule="cosine", total_steps=4)
-    assert [cosine.lr_at(step) for step in range(5)] == pytest.approx([2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0])
+    assert [cosine.lr_at(step) for step in range(5)] == pytest.approx(
+        [2.0, 1 + math.sqrt(0.5), 1.0, 1 - math.sqrt(0.5), 0]
+    )
     constant = train.TrainConfig(lr=3.0, warmup=0.5, total_steps=4)
     assert constant.warmup_steps == 2
     assert [constant.lr_at(step) for step in (0, 1, 2, 99)] == pytest.approx([1.0, 2.0, 3.0, 3.0])

@@ -99,6 +99,7 @@ def save_checkpoint(
     aside.rename(final)
     sync_folder(folder)
     _keep_last(folder, keep, trainer.num_steps)
+    _sweep(folder)
     return Checkpoint(path=str(final), step=trainer.num_steps, digest=digest)
 
 
@@ -216,7 +217,9 @@ def _write_manifest(folder: Path, step: int) -> str:
         _sync_file(path)
         name = path.relative_to(folder).as_posix()
         digests[name] = FileDigest(sha256=_sha256(path), num_bytes=path.stat().st_size)
-    content = msgspec.json.format(Manifest(step=step, files=digests).to_json(), indent=2) + b"\n"
+    content = msgspec.json.format(
+        Manifest(step=step, files=digests).to_json(), indent=2
+    )  # no newline: cut short by one byte, it is no JSON
     (folder / MANIFEST).write_bytes(content)
     _sync_file(folder / MANIFEST)
     for path in folder.rglob("*"):
@@ -242,18 +245,16 @@ def _step_of(path: Path) -> int:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left unfinished."""
+    """Remove what is doomed, and what a killed process left unfinished."""
     for path in folder.iterdir():
         if path.name.startswith((".writing-", ".removing-")):
             shutil.rmtree(path)
 
 
 def _keep_last(folder: Path, keep: int, step: int) -> None:
-    """Remove old checkpoints. Those of later steps are not counted: they were passed over as damaged."""
+    """Doom old checkpoints. Those of later steps are not counted: they were passed over as damaged."""
     for path in [path for path in list_checkpoints(folder) if _step_of(path) <= step][keep:]:
-        doomed = folder / f".removing-{path.name}"
-        path.rename(doomed)  # at once: a checkpoint is never half there under its own name
-        shutil.rmtree(doomed)
+        path.rename(folder / f".removing-{path.name}")  # at once: never half there under its own name
 
 
 def _report(line: str, report: Callable[[str], None] | None) -> None:

@@ -22,7 +22,7 @@ from posttrain.objectives import Metric
 from posttrain.train.batch import Batch, Denominators, build_batch, group_tokens
 from posttrain.train.config import TrainConfig
 from posttrain.train.losses import Objective, nll_objective
-from posttrain.train.optimiser import make_adamw, optimiser_state, restore_optimiser, trainable
+from posttrain.train.optimiser import AdamW, trainable
 from posttrain.train.packing import pack
 from posttrain.train.rows import ExampleRow, to_rows
 from posttrain.train.state import TrainerState, check_identity, model_identity, weights_of
@@ -71,7 +71,7 @@ class Trainer:
         if not self._weights:
             raise TrainError("no parameter of the model learns: all have requires_grad False")
         self.device = next(iter(self._weights.values())).device
-        self._optimiser = make_adamw(model, config)
+        self._optimiser = AdamW(model, config)
         self._identity: dict[str, Any] | None = None
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
@@ -98,7 +98,7 @@ class Trainer:
             )
         batches = self._batches(live)
         losses, metrics = self._gradients(batches)
-        norm = torch.nn.utils.get_total_norm([w.grad for w in self._weights.values() if w.grad is not None])
+        norm = torch.nn.utils.get_total_norm(self._optimiser.gradients())
         total = torch.stack(losses).sum().item()
         grad_norm = norm.item()
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
@@ -178,7 +178,7 @@ class Trainer:
     def state(self) -> TrainerState:
         """What a checkpoint must hold. The tensors are the trainer's own: write or clone them before the next step."""
         meta = {"num_steps": self.num_steps, "num_tokens": self.num_tokens, "identity": self.identity}
-        return TrainerState(weights_of(self.model), optimiser_state(self._optimiser, self._weights), meta)
+        return TrainerState(weights_of(self.model), self._optimiser.state(), meta)
 
     def restore(self, state: TrainerState) -> None:
         """Go on from a state.
@@ -187,7 +187,7 @@ class Trainer:
             CheckpointError: it belongs to another model or configuration; says what differs. Nothing is changed.
         """
         check_identity(state.meta["identity"], self.identity)
-        restore_optimiser(self._optimiser, self._weights, state.optimiser)
+        self._optimiser.restore(state.optimiser)
         with torch.no_grad():
             for name, tensor in weights_of(self.model).items():
                 tensor.copy_(state.weights[name])
@@ -216,7 +216,7 @@ class Trainer:
     def _gradients(self, batches: Iterator[Batch]) -> tuple[list[Tensor], list[dict[str, Metric]]]:
         """Add up the gradients of all micro-batches; their losses and metrics."""
         self.model.train()
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad()
         losses, metrics = [], []
         for index, batch in enumerate(batches):
             with self._derived_randomness(index):
@@ -229,12 +229,10 @@ class Trainer:
 
     def _update(self, norm: Tensor) -> float:
         lr = self.config.lr_at(self.num_steps)
-        for group in self._optimiser.param_groups:
-            group["lr"] = lr
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self._weights.values(), self.config.max_grad_norm, norm)
-        self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.step(lr)
+        self._optimiser.zero_grad()
         return lr
 
     def _stats(self, batch: Batch, temperature: float, entropy: bool) -> TokenStats:
@@ -274,10 +272,10 @@ class Trainer:
         guilty = []
         for row in live:
             losses, _ = self._gradients(iter([build_batch([row], denominators, groups, self.device)]))
-            norm = torch.nn.utils.get_total_norm([w.grad for w in self._weights.values() if w.grad is not None])
+            norm = torch.nn.utils.get_total_norm(self._optimiser.gradients())
             if not (math.isfinite(losses[0].item()) and math.isfinite(norm.item())):
                 guilty.append(row.id)
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad()
         names = guilty or [row.id for row in live]
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         blame = "caused by" if guilty else "by no example alone; the step had"
