@@ -249,8 +249,8 @@ def make_questions(
             from everything.
         num: how many.
         seed: the same seed gives the same questions.
-        databases: where given, a question stays only if its answer is not empty in each of them, so that an empty
-            answer is never right by accident.
+        databases: where given, a question stays only if it has an answer in each of them and no two answers are the
+            same, so that a query is hardly ever right by accident.
         exclude: question texts not to be drawn.
 
     Raises:
@@ -273,7 +273,7 @@ def make_questions(
             text, sql, combination, tags = _draw(draw, pools[split])
             held_out = _held_out(combination)
             wrong_side = split is not Split.TRAFFIC and held_out != (split is Split.EVALUATION)
-            if wrong_side or text in seen or not all(_answered(connection, sql) for connection in connections):
+            if wrong_side or text in seen or not _tells(connections, sql):
                 continue
             seen.add(text)
             questions.append(
@@ -292,9 +292,12 @@ def make_questions(
     raise EvaluateError(f"the shop's language gave only {len(questions)} of {num} different {split.value} questions")
 
 
-def _answered(connection: sqlite3.Connection, sql: str) -> bool:
-    rows = connection.execute(sql).fetchmany(2)
-    return bool(rows) and rows not in ([(0,)], [(None,)])
+def _tells(connections: Sequence[sqlite3.Connection], sql: str) -> bool:
+    """Whether every database has an answer, each another one."""
+    answers = [sorted(connection.execute(sql).fetchall(), key=repr) for connection in connections]
+    if not all(rows and rows not in ([(0,)], [(None,)]) for rows in answers):
+        return False
+    return len({repr(rows) for rows in answers}) == len(answers)
 
 
 def combinations_of(questions: Sequence[Question]) -> frozenset[str]:
