@@ -121,11 +121,7 @@ class Registry:
                     "created_s": time.time(),
                 }
             )
-            if self._database.named(name) != artifact_id:
-                self._database.put_name(name, artifact_id)
-            for parent in parent_ids:
-                if parent != artifact_id:  # training that changed nothing gives its own parent back
-                    self._database.put_parent(artifact_id, parent)
+            self._link(artifact_id, name, parent_ids)
         return self.artifact(artifact_id)
 
     def artifact(self, ref: str) -> Artifact:
@@ -363,6 +359,13 @@ class Registry:
             return self._store.put_bytes(source, artifact_id, _file_name(name)), len(source)
         path = Path(source).resolve()
         return path if storage == "reference" else self._store.put(path, artifact_id, storage), num_bytes(path)
+
+    def _link(self, artifact_id: str, name: str, parents: Iterable[str]) -> None:
+        if self._database.named(name) != artifact_id:
+            self._database.put_name(name, artifact_id)
+        for parent in parents:
+            if parent != artifact_id:  # training that changed nothing gives its own parent back
+                self._database.put_parent(artifact_id, parent)
 
     def _holds(self, row: Row) -> bool:
         return bool(row["storage"] != "reference" and (self._root / row["path"]).exists())
