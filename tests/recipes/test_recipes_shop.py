@@ -10,8 +10,15 @@ import pytest
 
 from posttrain.data import check_contamination
 from posttrain.grade import prove
-from posttrain.recipes.shop import Question, Split, build_database, combinations_of, make_questions, pretraining_texts
-from posttrain.recipes.shop import grammar
+from posttrain.recipes.shop import (
+    Question,
+    Split,
+    build_database,
+    combinations_of,
+    grammar,
+    make_questions,
+    pretraining_texts,
+)
 from posttrain.recipes.shop.world import World, build_world, task_of
 
 
