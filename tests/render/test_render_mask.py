@@ -44,9 +44,10 @@ def chatml(small: Tokenizer) -> Renderer:
 
 def test_marks_avoid_the_private_characters_of_the_messages() -> None:
     assert Marker.for_messages([user("a")]).base == 0xF2000
-    assert Marker.for_messages([user("a \U000f2001")]).base == 0x100000
+    assert Marker.for_messages([user("a \U000f2001")]).base == 0xF2002
+    spread = "".join(map(chr, [*range(0xF2000, 0xFFFFD, 60), *range(0x100000, 0x10FFFD, 60)]))
     with pytest.raises(RenderError, match="no private-use characters"):
-        Marker.for_messages([user("\U000f2001 \U00100001")])
+        Marker.for_messages([user(spread)])
 
 
 def test_worked_by_hand() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from posttrain.core import Message, RenderError
 
-PLANES = ((0xF2000, 0xFFFFD), (0x100000, 0x10FFFD))  # private use; the first whose characters the messages do not hold
+PLANES = ((0xF2000, 0xFFFFD), (0x100000, 0x10FFFD))  # private use
 MARKS_PER_MESSAGE = 64
 
 
@@ -50,6 +50,7 @@ class Marker:
     """
 
     base: int  # code point of mark 0
+    size: int  # how many code points from there on are free for marks
     names: bool = True  # also mark the names of tool calls
 
     @classmethod
@@ -60,10 +61,12 @@ class Marker:
             RenderError: the conversation is too long, or uses both private planes.
         """
         text = "".join(json.dumps(message.to_dict(), ensure_ascii=False) for message in messages)
-        needed = MARKS_PER_MESSAGE * len(messages)
+        used = sorted(ord(character) for character in set(text) if ord(character) >= PLANES[0][0])
+        size = MARKS_PER_MESSAGE * len(messages)
         for low, high in PLANES:
-            if low + needed <= high and not any(low <= ord(character) <= high for character in set(text)):
-                return cls(low, names)
+            for base in (low, *(point + 1 for point in used if low <= point <= high)):
+                if base + size <= high and not any(base <= point < base + size for point in used):
+                    return cls(base, size, names)
         raise RenderError(
             f"no private-use characters are free to locate the turns of {len(messages)} messages: "
             "split the conversation, or take such characters out of it"
@@ -92,8 +95,7 @@ class Marker:
         length = 0
         seen: dict[int, list[int]] = {}
         start = 0
-        top = max(high for low, high in PLANES if low == self.base)
-        for match in re.finditer(f"[{chr(self.base)}-{chr(top)}]", rendered):
+        for match in re.finditer(f"[{chr(self.base)}-{chr(self.base + self.size - 1)}]", rendered):
             plain.append(rendered[start : match.start()])
             length += match.start() - start
             start = match.end()
