@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -212,6 +212,15 @@ def test_large_bodies_are_413(model: serve.ServedModel) -> None:
     assert post(app, {**CHAT, "user": "x" * 2000}).status_code == 413
     assert post(app, {**CHAT, "user": "x" * 20_000}).status_code == 413
     assert post(app, CHAT).status_code == 200
+
+
+def test_bodies_that_do_not_come_are_408(model: serve.ServedModel) -> None:
+    async def drip() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(5)
+
+    app = serve.create_app({"tiny": model}, read_timeout_s=0.05)
+    assert send(app, "POST", "/v1/completions", content=drip()).status_code == 408
 
 
 def test_unknown_paths_and_methods(app: Any) -> None:

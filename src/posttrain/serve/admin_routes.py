@@ -45,7 +45,7 @@ async def admin_swap(request: Request) -> Response:
     state.model(name)
     if not isinstance(state.source, SwapsModels):
         raise ApiError(404, "this server's models are fixed; start it with a source that can swap", code="fixed_models")
-    wire, _ = parse_body(await read_body(request, state.settings.max_body_bytes) or b"{}", SwapRequest)
+    wire, _ = parse_body(await read_body(request, state.settings) or b"{}", SwapRequest)
     try:
         model = await asyncio.to_thread(state.source.swap, name, wire.card_id)
     except PosttrainError as error:

@@ -222,14 +222,14 @@ async def _show_model(request: Request) -> Response:
 
 async def _chat(request: Request) -> Response:
     state = _state(request)
-    wire, ignored = parse_body(await read_body(request, state.settings.max_body_bytes), ChatRequest)
+    wire, ignored = parse_body(await read_body(request, state.settings), ChatRequest)
     job = await chat_job(wire, state.model(wire.model), state.settings, _metadata(request, wire.metadata))
     return Answer(state, job, _ignored(ignored))
 
 
 async def _text(request: Request) -> Response:
     state = _state(request)
-    wire, ignored = parse_body(await read_body(request, state.settings.max_body_bytes), CompletionRequest)
+    wire, ignored = parse_body(await read_body(request, state.settings), CompletionRequest)
     job = await text_job(wire, state.model(wire.model), state.settings, _metadata(request, wire.metadata))
     return Answer(state, job, _ignored(ignored))
 

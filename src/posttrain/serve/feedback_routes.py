@@ -25,7 +25,7 @@ async def add_feedback(request: Request) -> Response:
     """Store one signal about an answer; 201 with the stored record."""
     state: ServeState = request.app.state.serve
     store = _store(state)
-    wire, _ = parse_body(await read_body(request, state.settings.max_body_bytes), FeedbackRequest)
+    wire, _ = parse_body(await read_body(request, state.settings), FeedbackRequest)
     feedback = _feedback(wire)
     await _find(request, store, feedback.completion_id, feedback.choice)
     if feedback.rejected_id is not None:

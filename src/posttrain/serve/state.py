@@ -22,6 +22,7 @@ class ServeSettings(Config, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Limits of a server."""
 
     max_body_bytes: Annotated[int, doc("largest request body, bytes", ge=1)] = 4 * 2**20
+    read_timeout_s: Annotated[float, doc("longest time a request's body may take to arrive, seconds", gt=0)] = 60.0
     request_timeout_s: Annotated[float, doc("longest generation, seconds", gt=0)] = 600.0
     max_pending: Annotated[int, doc("choices in work or waiting; more are refused with 429", ge=1)] = 256
     max_choices: Annotated[int, doc("choices of one request: prompts × n", ge=1)] = 64
