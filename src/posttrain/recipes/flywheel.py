@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ def flywheel(
 
 async def _turn(bench: Workbench, world: World, options: dict[str, Any]) -> None:
     seed, project = options["seed"], options["project"]
-    texts = documents_of(world, seed)
     evaluated = [task_of(question) for question in world.evaluation]
+    texts = [text for _, text in clean(bench, "documents", list(enumerated(documents_of(world, seed))), evaluated)]
     training = clean(bench, "training questions", [task_of(question) for question in world.training], evaluated)
     few = [
         CompletionRow(id=task.id, prompt=task.prompt, completion=(assistant(task.answer or ""),))
@@ -113,6 +113,11 @@ def documents_of(world: World, seed: int) -> list[str]:
     return pretraining_texts(world.databases[0], logged, num_glossary=20_000, num_records=1500, seed=seed)
 
 
+def enumerated(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Texts with ids."""
+    return ((f"document-{number}", text) for number, text in enumerate(texts))
+
+
 def clean(bench: Workbench, what: str, items: Sequence[Any], evaluated: Sequence[Task]) -> list[Any]:
     """Without the items that give an evaluation question away; says how many were dropped."""
     found = rows.check_contamination(items, {SUITE: evaluated})
@@ -121,13 +126,13 @@ def clean(bench: Workbench, what: str, items: Sequence[Any], evaluated: Sequence
         f"(the whole text, or more than half of it in 8-grams, is in {len(evaluated)} held-out questions)"
     )
     kept = set(found.clean)
-    return [item for item in items if item.id in kept]
+    return [item for item in items if (item[0] if isinstance(item, tuple) else item.id) in kept]
 
 
 async def base_stage(bench: Workbench, world: World, texts: Sequence[str], steps: int, seed: int) -> Stage:
     """A tokenizer and a decoder from the shop's documents."""
     begun = time.monotonic()
-    dataset = add_dataset(bench, "shop documents", "\n".join(texts).encode(), len(texts))
+    dataset = add_dataset(bench, world, "shop documents", list(enumerated(texts)))
     with open_stage(bench, "base", {"seed": seed, "steps": steps, "data": dataset}) as stage:
         policy = new_policy(
             texts,
@@ -169,7 +174,7 @@ async def sft_stage(
     """Supervised fine-tuning of an earlier stage's model on question–query pairs."""
     begun = time.monotonic()
     policy = load_policy(bench.registry.card(parent.report.model).path)
-    dataset = add_dataset(bench, f"{name} pairs", b"\n".join(row.to_json() for row in pairs), len(pairs))
+    dataset = add_dataset(bench, world, f"{name} pairs", pairs)
     with open_stage(bench, name, {"seed": seed, "lr": lr, "epochs": epochs, "data": dataset}) as stage:
         examples = completion_examples(stage, policy.renderer, pairs, policy.model.config.max_positions)
         steps = steps_of(len(examples), 16, epochs)
@@ -189,7 +194,7 @@ async def grpo_stage(
     """GRPO on questions without queries: the policy sees the question, the grader alone the known answer."""
     begun = time.monotonic()
     policy = load_policy(bench.registry.card(parent.report.model).path)
-    dataset = add_dataset(bench, "questions", b"\n".join(task.to_json() for task in tasks), len(tasks))
+    dataset = add_dataset(bench, world, "questions", tasks)
     config = Grpo(
         steps=steps,
         prompts_per_step=32,
@@ -211,9 +216,11 @@ async def grpo_stage(
     )
 
 
-def add_dataset(bench: Workbench, name: str, content: bytes, num_rows: int) -> str:
-    """Register a data set that was checked against the evaluation; its id."""
-    meta = {"rows": num_rows, "contamination": {SUITE: 0.0}}
+def add_dataset(bench: Workbench, world: World, name: str, items: Sequence[Any]) -> str:
+    """Register a data set with its measured overlap with the evaluation, which the gate reads; its id."""
+    found = rows.check_contamination(items, {SUITE: [task_of(question) for question in world.evaluation]})
+    meta = {"rows": len(items), "contamination": {SUITE: found.sets[SUITE].share}}
+    content = b"\n".join(item[1].encode() if isinstance(item, tuple) else item.to_json() for item in items)
     return bench.registry.add_artifact(content, kind="dataset", name=name, meta=meta).id
 
 

@@ -179,5 +179,5 @@ def _text_of(row: rows.TypedRow) -> str:
     if isinstance(row, rows.CompletionRow) and isinstance(row.prompt, str) and isinstance(row.completion, str):
         return row.prompt + row.completion
     if isinstance(row, rows.PromptRow) and isinstance(row.prompt, str):
-        return f"{row.prompt}\n{row.facts.get('solution') or row.answer or ''}".strip()
+        return "\n".join([row.prompt, str(row.facts.get("solution") or row.answer or "")]).strip()
     raise DataError(f"{row.id}: pre-training needs plain text; name the column with --columns text=COLUMN")
