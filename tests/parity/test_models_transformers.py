@@ -136,7 +136,7 @@ def test_right_padding_and_packing_change_nothing(case: str, tmp_path: Path) -> 
     theirs.save_pretrained(tmp_path)
     ours = models.load(tmp_path)
     lengths = [23, 5, 61, 1, 40, 6]
-    rows = [random_tokens(1, 61)[:, : length] + (11 * i) % 7 for i, length in enumerate(lengths)]
+    rows = [random_tokens(1, 61)[:, :length] + (11 * i) % 7 for i, length in enumerate(lengths)]
     rows = [row % VOCAB for row in rows]
     packed_BTV = ours(torch.cat(rows, 1), lengths=lengths)
     padded = torch.zeros(len(lengths), 61, dtype=torch.long)

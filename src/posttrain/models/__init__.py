@@ -1,7 +1,7 @@
 """models: folder ↔ weights, and the decoder between tokens and logits.
 
-Takes Hugging Face folders, gives a `Decoder`; takes hidden states, gives logprobs. One native decoder serves trainer and
-sampler; `Attend` is the seam where a sampler's cache or a trainer's packing goes in. May import: core, torch.
+Takes Hugging Face folders, gives a `Decoder`; takes hidden states, gives logprobs. One native decoder serves trainer
+and sampler; `Attend` is the seam where a sampler's cache or a trainer's packing goes in. May import: core, torch.
 """
 
 from posttrain.models.attend import Attend, CausalAttend, causal_attention, packed_positions
@@ -9,6 +9,7 @@ from posttrain.models.config import DecoderConfig, RopeScaling
 from posttrain.models.decoder import Decoder, flops_per_token, num_parameters
 from posttrain.models.folder import load, save, to_hf_tensors
 from posttrain.models.hub import resolve
+from posttrain.models.matmul import use_onednn_fp32
 from posttrain.models.token_stats import TokenStats, token_stats
 from posttrain.models.weights import weight_table
 
@@ -28,5 +29,6 @@ __all__ = [
     "save",
     "to_hf_tensors",
     "token_stats",
+    "use_onednn_fp32",
     "weight_table",
 ]

@@ -25,7 +25,7 @@ class Attend(Protocol):
         Args:
             layer: index of the layer, from 0.
             q_BTHK: queries, rotary positions applied, not yet scaled by K ** -0.5.
-            k_BTJK: keys of the same tokens, rotary positions applied. Query head h belongs to key-value head h // (H / J).
+            k_BTJK: keys of the same tokens, rotary positions applied. Query head h reads key-value head h // (H / J).
             v_BTJK: values.
             window: how many tokens a query sees, itself included; None for all before it.
         """
@@ -71,14 +71,15 @@ class CausalAttend:
         buckets = self._buckets[device]
         if len(buckets) == 1 and buckets[0].full:
             shape = (buckets[0].num, buckets[0].longest)
-            rows = (x.unflatten(0, shape) for x in (q_NHK, k_NJK, v_NJK))
-            return causal_attention(*rows, window).flatten(0, 1)
+            q, k, v = (x.reshape(*shape, *x.shape[1:]) for x in (q_NHK, k_NJK, v_NJK))
+            return causal_attention(q, k, v, window).flatten(0, 1)
         outs = []
         for bucket in buckets:
-            rows = (_Pad.apply(x, bucket) for x in (q_NHK, k_NJK, v_NJK))
-            outs.append(_Unpad.apply(causal_attention(*rows, window), bucket))
+            q, k, v = (_Pad.apply(x, bucket) for x in (q_NHK, k_NJK, v_NJK))  # type: ignore[no-untyped-call]
+            outs.append(_Unpad.apply(causal_attention(q, k, v, window), bucket))  # type: ignore[no-untyped-call]
         order = torch.cat([bucket.tokens for bucket in buckets])
-        return _Scatter.apply(torch.cat(outs), order)
+        out_NHK: Tensor = _Scatter.apply(torch.cat(outs), order)  # type: ignore[no-untyped-call]
+        return out_NHK
 
     def _varlen_attention(self, q_NHK: Tensor, k_NJK: Tensor, v_NJK: Tensor, window: int | None) -> Tensor:
         lengths = self.lengths or ()
@@ -109,13 +110,17 @@ def packed_positions(lengths: Sequence[int], device: torch.device | str = "cpu")
 
 
 def causal_attention(q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, window: int | None) -> Tensor:
-    """Causal attention within each row; BTHK."""
+    """Causal attention within each row, BTHK, of the type of `q_BTHK`."""
+    dtype, device = q_BTHK.dtype, q_BTHK.device
+    if device.type == "cpu" and dtype != torch.float32:
+        # on a CPU the bf16 kernel is no faster forward and several times slower backward than the fp32 one
+        with torch.autocast("cpu", enabled=False):
+            return causal_attention(q_BTHK.float(), k_BTJK.float(), v_BTJK.float(), window).to(dtype)
     num_tokens = q_BTHK.shape[1]
     mask_TT = None
     if window is not None and window < num_tokens:
-        age_TT = torch.arange(num_tokens, device=q_BTHK.device)[:, None] - torch.arange(
-            num_tokens, device=q_BTHK.device
-        )
+        positions = torch.arange(num_tokens, device=device)
+        age_TT = positions[:, None] - positions
         mask_TT = (age_TT >= 0) & (age_TT < window)
     out_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
@@ -169,14 +174,14 @@ class _Pad(torch.autograd.Function):
     """Tokens of a packed row → a zero-padded batch. Autograd's own gather would add where plain copies do."""
 
     @staticmethod
-    def forward(ctx: Any, x_NHK: Tensor, bucket: _Bucket) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x_NHK: Tensor, bucket: _Bucket) -> Tensor:
         ctx.bucket, ctx.num_tokens = bucket, x_NHK.shape[0]
         flat = x_NHK.new_zeros(bucket.num * bucket.longest, *x_NHK.shape[1:])
         flat.index_copy_(0, bucket.slots, x_NHK.index_select(0, bucket.tokens))
-        return flat.unflatten(0, (bucket.num, bucket.longest))
+        return flat.view(bucket.num, bucket.longest, *flat.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad_STHK: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_STHK: Tensor) -> tuple[Tensor, None]:
         grad = grad_STHK.new_zeros(ctx.num_tokens, *grad_STHK.shape[2:])
         grad.index_copy_(0, ctx.bucket.tokens, grad_STHK.flatten(0, 1).index_select(0, ctx.bucket.slots))
         return grad, None
@@ -186,27 +191,27 @@ class _Unpad(torch.autograd.Function):
     """A padded batch → its tokens, M of them."""
 
     @staticmethod
-    def forward(ctx: Any, x_STHK: Tensor, bucket: _Bucket) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x_STHK: Tensor, bucket: _Bucket) -> Tensor:
         ctx.bucket = bucket
         return x_STHK.flatten(0, 1).index_select(0, bucket.slots)
 
     @staticmethod
-    def backward(ctx: Any, grad_MHK: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_MHK: Tensor) -> tuple[Tensor, None]:
         bucket = ctx.bucket
         flat = grad_MHK.new_zeros(bucket.num * bucket.longest, *grad_MHK.shape[1:])
         flat.index_copy_(0, bucket.slots, grad_MHK)
-        return flat.unflatten(0, (bucket.num, bucket.longest)), None
+        return flat.view(bucket.num, bucket.longest, *flat.shape[1:]), None
 
 
 class _Scatter(torch.autograd.Function):
     """Rows back to their places; `order` is a permutation."""
 
     @staticmethod
-    def forward(ctx: Any, x_NHK: Tensor, order: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x_NHK: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
         return torch.empty_like(x_NHK).index_copy_(0, order, x_NHK)
 
     @staticmethod
-    def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NHK: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
         return grad_NHK.index_select(0, order), None

@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """What the heads read from the tokens they see, BTD."""
         H, J = self.num_heads, self.num_kv_heads
-        heads_BTAK = self.qkv(x_BTD).unflatten(-1, (H + 2 * J, self.head_dim))  # A = H + 2J: all heads
+        heads_BTAK = self.qkv(x_BTD).view(*x_BTD.shape[:2], H + 2 * J, self.head_dim)  # A = H + 2J: all heads
         qk_BTAK = heads_BTAK[:, :, : H + J]
         if self.qk_norm != "none":
             qk_BTAK = self._normalise(qk_BTAK)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
             normed = torch.cat((self.q_norm(q_BTHK), self.k_norm(k_BTJK)), 2)
         else:
             normed = torch.cat((self.q_norm(q_BTHK.flatten(-2)), self.k_norm(k_BTJK.flatten(-2))), -1)
-            normed = normed.unflatten(-1, (-1, self.head_dim))
+            normed = normed.view(qk_BTAK.shape)
         return normed.to(qk_BTAK.dtype)
 
 

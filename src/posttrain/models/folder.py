@@ -138,7 +138,7 @@ def to_hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
     state, dtype = model.state_dict(), model.embed.weight.dtype
     for entry in weight_table(model.config):
         ours = state[entry.ours].detach()
-        parts = ours.split(entry.rows) if entry.rows else (ours,)
+        parts = torch.split(ours, list(entry.rows)) if entry.rows else (ours,)
         for name, part in zip(entry.theirs, parts, strict=True):
             yield name, (part.T if entry.transposed else part).to(dtype)
 
@@ -188,7 +188,7 @@ def _fill(model: Decoder, folder: Path) -> None:
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
-                for name in tensors.keys():  # noqa: SIM118: not a dict
+                for name in tensors.keys():  # noqa: SIM118
                     canonical = canonical_name(name, model.config)
                     if canonical in places:
                         _copy_part(state, *places[canonical], tensors.get_tensor(name), f"{file}: {name}")
@@ -212,7 +212,7 @@ def _fill(model: Decoder, folder: Path) -> None:
 
 def _copy_part(state: dict[str, Tensor], entry: Entry, index: int, theirs: Tensor, where: str) -> None:
     ours = state[entry.ours]
-    target = ours.split(entry.rows)[index] if entry.rows else ours
+    target = torch.split(ours, list(entry.rows))[index] if entry.rows else ours
     if entry.transposed:
         target = target.T
     if target.shape != theirs.shape:

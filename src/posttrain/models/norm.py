@@ -24,10 +24,12 @@ class RmsNorm(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         """The normed vectors, fp32."""
         x_ND, weight_D = x_ND.float(), self.weight.float()
-        if x_ND.device.type == "cpu" and torch.is_grad_enabled():
-            out_ND: Tensor = _CpuRmsNorm.apply(x_ND, weight_D, self.eps)
-            return out_ND
-        return F.rms_norm(x_ND, weight_D.shape, weight_D, self.eps)
+        if x_ND.device.type != "cpu":
+            return F.rms_norm(x_ND, weight_D.shape, weight_D, self.eps)
+        if not torch.is_grad_enabled():
+            return (x_ND * _rstd(x_ND, self.eps)).mul_(weight_D)
+        out_ND: Tensor = _CpuRmsNorm.apply(x_ND, weight_D, self.eps)  # type: ignore[no-untyped-call]
+        return out_ND
 
 
 class LayerNorm(nn.Module):
@@ -44,18 +46,23 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x_ND.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
 
 
+def _rstd(x_ND: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x²) + eps), N1, in fewer operations than PyTorch's own, which is composite on a CPU."""
+    norm_N1: Tensor = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
+    return norm_N1.square_().mul_(1.0 / x_ND.shape[-1]).add_(eps).rsqrt_()
+
+
 class _CpuRmsNorm(torch.autograd.Function):
-    """RMSNorm with its gradient in few passes over memory: PyTorch's is composite on a CPU, several times slower."""
+    """RMSNorm with its gradient in few passes over memory, several times faster than PyTorch's on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        rstd_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).square_()
-        rstd_N1.div_(x_ND.shape[-1]).add_(eps).rsqrt_()
+    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        rstd_N1 = _rstd(x_ND, eps)
         ctx.save_for_backward(x_ND, weight_D, rstd_N1)
         return (x_ND * rstd_N1).mul_(weight_D)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D, rstd_N1 = ctx.saved_tensors
         gx_ND = grad_ND * x_ND

@@ -17,6 +17,7 @@ from posttrain.core import ModelError
 _KEPT = 1 << 23  # up to so many probabilities are kept for backward rather than computed again (32 MiB)
 _CHUNK = 1 << 21  # logits of a chunk by default: 8 MiB on a CPU, near its cache
 _CHUNK_CUDA = 1 << 27  # 512 MiB
+_HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 class HasHead(Protocol):
@@ -74,7 +75,9 @@ def token_stats(
         exact=model.exact_logits,
         product_dtype=_product_dtype(weight_VD),
     )
-    logprobs_N, entropy_N = _TokenStats.apply(hidden_ND, weight_VD, targets_N, plan)
+    logprobs_N, entropy_N = _TokenStats.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight_VD, targets_N, plan
+    )
     return TokenStats(logprobs_N, entropy_N if entropy else None)
 
 
@@ -82,13 +85,14 @@ def project(hidden_ND: Tensor, weight_VD: Tensor, *, exact: bool) -> Tensor:
     """Logits in fp32: hidden × head.
 
     In fp32 without autocast this is a plain product. Where products are in bf16 (bf16 weights, or autocast), CUDA
-    gives the unrounded fp32 sums of bf16 products; a CPU cannot, so there `exact` multiplies in fp32, and otherwise
-    the sums are rounded to bf16 on the way.
+    gives the unrounded fp32 sums of bf16 products (from PyTorch 2.8 on); a CPU cannot, so there `exact` multiplies in
+    fp32, and otherwise the sums are rounded to bf16 on the way.
     """
     dtype = _product_dtype(weight_VD)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if hidden_ND.is_cuda and dtype != torch.float32:
-            return _CudaProject.apply(hidden_ND, weight_VD, dtype)  # type: ignore[no-any-return]
+            logits_NV: Tensor = _CudaProject.apply(hidden_ND, weight_VD, dtype)  # type: ignore[no-untyped-call]
+            return logits_NV
         return _product(hidden_ND, weight_VD, dtype, exact)
 
 
@@ -102,9 +106,9 @@ def _product_dtype(weight_VD: Tensor) -> torch.dtype:
 def _product(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
     if dtype == torch.float32 or (exact and not hidden_ND.is_cuda):
         return F.linear(hidden_ND.float(), weight_VD.float())
-    if hidden_ND.is_cuda:
+    if hidden_ND.is_cuda and _HAS_OUT_DTYPE:
         flat = torch.mm(hidden_ND.flatten(0, -2).to(dtype), weight_VD.to(dtype).T, out_dtype=torch.float32)
-        return flat.unflatten(0, hidden_ND.shape[:-1])
+        return flat.view(*hidden_ND.shape[:-1], -1)
     return F.linear(hidden_ND.to(dtype), weight_VD.to(dtype)).float()
 
 
@@ -117,13 +121,13 @@ class _CudaProject(torch.autograd.Function):
     """A product of bf16 matrices with fp32 result, which PyTorch does not differentiate by itself."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(hidden_ND, weight_VD)
         ctx.dtype = dtype
         return _product(hidden_ND, weight_VD, dtype, exact=True)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_ND, weight_VD = ctx.saved_tensors
         grad = grad_NV.to(ctx.dtype)
@@ -157,7 +161,7 @@ class _TokenStats(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor]:
         num_tokens = hidden_ND.shape[0]
@@ -179,7 +183,7 @@ class _TokenStats(torch.autograd.Function):
         return logprobs_N, entropy_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, grad_logprobs_N: Tensor, grad_entropy_N: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -1,8 +1,8 @@
 """Names of weights: ours ↔ those of Hugging Face folders, one table per family.
 
-Each of our parameters is one or several tensors of theirs, stacked by rows: `attention.qkv` is q over k over v, a gated
-`mlp.up` is gate over up. GPT-2 keeps its matrices transposed (Conv1D) and its q, k, v already side by side. The table is
-a bijection: every name on either side occurs once. A tied head has no entry, on either side.
+Each of our parameters is one or several tensors of theirs, stacked by rows: `attention.qkv` is q over k over v, a
+gated `mlp.up` is gate over up. GPT-2 keeps its matrices transposed (Conv1D) and its q, k, v already side by side. The
+table is a bijection: every name on either side occurs once. A tied head has no entry, on either side.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     transposed: bool = False  # theirs is columns by rows
 
 
-PREFIX = {family: "model." for family in ("llama", "mistral", "qwen2", "qwen3", "olmo2")} | {"gpt2": "transformer."}
+PREFIX = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo2"), "model.") | {"gpt2": "transformer."}
 
 # buffers that older versions saved beside the weights
 _BUFFERS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
