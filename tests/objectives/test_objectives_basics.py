@@ -68,6 +68,7 @@ def test_sums_over_sequences_by_hand():
     values_N, sequence_N = torch.tensor([1.0, 2.0, 6.0, 4.0]), torch.tensor([0, 0, 2, 0])
     assert sequence_sum(values_N, sequence_N, 3).tolist() == [7.0, 0.0, 6.0]
     assert sequence_mean(values_N, sequence_N, 3).tolist() == pytest.approx([7 / 3, 0.0, 6.0])
+    assert objectives.sequence_lengths(sequence_N, 3, values_N).tolist() == [3.0, 1.0, 1.0]  # 1 for none: to divide by
     assert sequence_weights(sequence_N, 3, values_N).tolist() == pytest.approx([1 / 3, 1 / 3, 1.0, 1 / 3])
 
 
