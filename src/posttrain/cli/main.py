@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from posttrain.core import GateRefused, PosttrainError, UsageError
 
@@ -16,34 +16,48 @@ EXIT_FAILED, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. Errors raised on purpose are printed without a traceback."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser()
-    if words[:1] == ["run"]:  # a recipe's options are its own: they are parsed when the recipe is known
-        from posttrain.cli.run import run_command
+    """Run one command; returns the exit code. Errors raised on purpose are printed without a traceback.
 
-        action = lambda: run_command(words[1:])  # noqa: E731
-    else:
-        chosen = parser.parse_args(words)
-        if not hasattr(chosen, "action"):
-            parser.print_help()
-            return 0
-        action = lambda: chosen.action(chosen)  # noqa: E731
+    With POSTTRAIN_TRACEBACK set in the environment they are raised, with theirs.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(action() or 0)
+        code = _action(words)()
+        sys.stdout.flush()
+        return int(code or 0)
+    except SystemExit as stop:  # argparse has printed its help or its complaint
+        return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away (`posttrain runs | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except PosttrainError as error:
-        if os.environ.get("POSTTRAIN_TRACEBACK"):
+    except (PosttrainError, OSError) as error:
+        if os.environ.get("POSTTRAIN_TRACEBACK") or (isinstance(error, OSError) and error.filename is None):
             raise
-        print(f"posttrain: {error}", file=sys.stderr)
+        print(f"posttrain: {_message(error)}", file=sys.stderr)
         if isinstance(error, UsageError):
             return EXIT_USAGE
         return EXIT_REFUSED if isinstance(error, GateRefused) else EXIT_FAILED
+
+
+def _action(words: list[str]) -> Callable[[], int | None]:
+    """What the words ask for. A recipe's options are its own: they are parsed when the recipe is known."""
+    parser = build_parser()
+    if words[:1] in (["run"], ["evaluate"]):
+        from posttrain.cli.run import run_command
+
+        return lambda: run_command(words[1:] if words[0] == "run" else words)
+    chosen = parser.parse_args(words)
+    if not hasattr(chosen, "action"):
+        chosen.parser.print_help() if hasattr(chosen, "parser") else parser.print_help()
+        return lambda: 0 if not words else EXIT_USAGE
+    return lambda: chosen.action(chosen)
+
+
+def _message(error: PosttrainError | OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:

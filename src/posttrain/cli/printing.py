@@ -18,7 +18,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, tit
         if title:
             print(title)
         for row in (columns, *rows):
-            print("\t".join(str(cell) for cell in row))
+            print("\t".join(" ".join(str(cell).split()) for cell in row))
         return
     from rich.console import Console
     from rich.table import Table
@@ -40,6 +40,22 @@ def show_interval(interval: Interval, percent: bool = True) -> str:
     """`61.2 % [57.3, 65.0]`."""
     scale, unit = (100.0, " %") if percent else (1.0, "")
     return f"{interval.value * scale:.1f}{unit} [{interval.low * scale:.1f}, {interval.high * scale:.1f}]"
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    """One line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def show_duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def show_time(seconds: float) -> str:

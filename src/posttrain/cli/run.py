@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import importlib.util
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ USAGE = """usage: posttrain run RECIPE [--option value …] [--config FILE.toml]
 
 RECIPE is a built-in name, or a Python file with an @pt.recipe function (FILE.py; FILE.py:function if it has several).
 `posttrain run RECIPE --help` shows its options. `--resume` goes on with an interrupted run and its options.
+With `--json`, standard output has the recipe's result alone; what it says on its way goes to standard error.
 """
 
 
@@ -27,18 +31,21 @@ def run_command(words: Sequence[str]) -> int:
         print(USAGE)
         print_table(("recipe", "what it does"), [(name, summary) for name, (_, summary) in BUILT_IN.items()])
         return 0
-    if words[0] == "--resume":
-        words = _resumed_words(words)
+    flag, _, folder = words[0].partition("=")
+    if flag == "--resume":
+        words = _resumed_words([flag, folder, *words[1:]] if folder else words)
     recipe = find_recipe(words[0])
     rest = list(words[1:])
     if any(word in ("-h", "--help") for word in rest):
         print_options(recipe)
         return 0
-    as_json = "--json" in rest
-    rest = [word for word in rest if word != "--json"]
-    result = recipe.run_with(parse_options(recipe, rest))
-    if as_json:
-        print_json(result)
+    if "--json" not in rest:
+        recipe.run_with(parse_options(recipe, rest))
+        return 0
+    values = parse_options(recipe, [word for word in rest if word != "--json"])
+    with contextlib.redirect_stdout(sys.stderr):
+        result = recipe.run_with(values)
+    print_json(result)
     return 0
 
 
@@ -49,7 +56,16 @@ def _resumed_words(words: Sequence[str]) -> list[str]:
     if len(words) < 2:
         raise UsageError("--resume needs a run folder")
     run = RunFolder.open(Path(words[1]), read_only=True)
-    return [run.state.recipe, "--config", str(run.path / "config.toml"), *words]
+    recipe = run.state.recipe
+    whole = run.path.with_name(run.path.name.removesuffix(f"-{recipe}"))
+    if whole != run.path and (whole / "run.json").is_file():
+        raise UsageError(f"{run.path} is a stage of {whole}; go on with: posttrain run --resume {whole}")
+    if recipe not in BUILT_IN:
+        raise UsageError(
+            f"{run.path} is a run of the recipe {recipe!r}, which is not built in; "
+            f"name its file: posttrain run FILE.py --resume {run.path}"
+        )
+    return [recipe, *words]
 
 
 def find_recipe(name: str) -> Recipe[..., Any]:
@@ -64,7 +80,9 @@ def find_recipe(name: str) -> Recipe[..., Any]:
         return found
     file, _, function = name.partition(":")
     if not file.endswith(".py"):
-        raise UsageError(f"no recipe {name!r}. Built in: {', '.join(BUILT_IN)}; or give a Python file")
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no recipe {name!r}; {hint}Built in: {', '.join(BUILT_IN)}; or give a Python file")
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
@@ -82,12 +100,15 @@ def find_recipe(name: str) -> Recipe[..., Any]:
 
 
 def _recipes_of(path: Path) -> dict[str, Recipe[..., Any]]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"posttrain_recipe_{path.stem}"  # never the name of another module: `json.py` is a fine recipe file
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path}: not a Python file that can be loaded")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that the recipe's type hints resolve
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[name] = module  # dataclasses and type hints look their module up
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)  # as `python FILE.py` does
     spec.loader.exec_module(module)
     return {
         item.name: item
@@ -99,51 +120,85 @@ def _recipes_of(path: Path) -> dict[str, Recipe[..., Any]]:
 def parse_options(recipe: Recipe[..., Any], words: Sequence[str]) -> dict[str, Any]:
     """Options from words: `--name value`, `--name=value`, `--flag` and `--no-flag` for booleans, `--config FILE`.
 
+    What the words say outweighs the file. With `--resume FOLDER` and no file, the run's own config.toml is the file.
+
     Raises:
         ConfigError: an option is unknown (near names are suggested), has no value, is given twice, or does not parse.
     """
-    import difflib
-
     options = {option.flag: option for option in recipe.options}
     values: dict[str, Any] = {}
+    configs: list[Path] = []
     given: set[str] = set()
     queue = list(words)
     while queue:
         flag, equals, text = queue.pop(0).partition("=")
+        positive = "--" + flag[5:] if flag.startswith("--no-") and flag not in options else flag
+        if positive in given:
+            raise ConfigError(f"{positive} is given twice")
+        given.add(positive)
         if flag == "--config":
-            values = {**read_toml(Path(text if equals else _next(queue, flag))), **values}
+            configs.append(Path(text if equals else _next(queue, flag, options)))
             continue
-        positive = "--" + flag[5:] if flag.startswith("--no-") else flag
-        if flag not in options and positive in options and options[positive].type is bool:
+        if positive != flag and positive in options and options[positive].type is bool and not equals:
             values[options[positive].name] = False
             continue
         if flag not in options:
-            near = difflib.get_close_matches(flag, options, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(options)}"
-            raise ConfigError(f"recipe {recipe.name!r} has no option {flag}; {hint}")
+            raise ConfigError(_unknown(recipe, flag, list(options)))
         option = options[flag]
-        if flag in given:
-            raise ConfigError(f"{flag} is given twice")
-        given.add(flag)
         if option.type is bool and not equals and (not queue or queue[0].startswith("--")):
             values[option.name] = True
             continue
-        values[option.name] = option.parse(text if equals else _next(queue, flag))
+        values[option.name] = option.parse(text if equals else _next(queue, flag, options))
+    resume = values.get("resume")
+    if isinstance(resume, Path) and not configs:
+        configs.append(_config_of_run(resume))
+    for path in configs:
+        values = {**_read_config(recipe, path), **values}
     return values
 
 
-def _next(queue: list[str], flag: str) -> str:
-    if not queue:
+def _config_of_run(folder: Path) -> Path:
+    from posttrain.registry import RunFolder
+
+    return RunFolder.open(folder, read_only=True).path / "config.toml"
+
+
+def _read_config(recipe: Recipe[..., Any], path: Path) -> dict[str, Any]:
+    """A configuration file's values; `-` in a name counts as `_`."""
+    values = {name.replace("-", "_"): value for name, value in read_toml(path).items()}
+    known = [option.name for option in recipe.options]
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{path}: {_unknown(recipe, name, known)}")
+    return values
+
+
+def _unknown(recipe: Recipe[..., Any], name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+    if not name.startswith("-") and known and known[0].startswith("--"):
+        return f"recipe {recipe.name!r}: {name!r} belongs to no option; write options as --name value"
+    return f"recipe {recipe.name!r} has no option {name}; {hint}"
+
+
+def _next(queue: list[str], flag: str, options: dict[str, Option]) -> str:
+    if not queue or queue[0].partition("=")[0] in options:
         raise ConfigError(f"{flag} needs a value")
     return queue.pop(0)
 
 
 def print_options(recipe: Recipe[..., Any]) -> None:
     """The help page of one recipe."""
-    print(f"usage: posttrain run {recipe.name} [--option value …]\n\n{recipe.summary}\n")
+    print(f"usage: posttrain run {recipe.name} [--option value …] [--config FILE.toml] [--json]\n\n{recipe.summary}\n")
     print_table(("option", "default", "what it is"), [_option_row(option) for option in recipe.options])
 
 
 def _option_row(option: Option) -> tuple[str, str, str]:
-    default = "required" if option.required else "" if option.default is None else str(option.default)
-    return option.flag, default, option.doc
+    default = "required" if option.required else "" if option.default is None else _plain(option.default)
+    choices = typing.get_args(option.type) if typing.get_origin(option.type) is typing.Literal else ()
+    doc = option.doc + (f" One of {', '.join(map(str, choices))}." if choices else "")
+    return option.flag, default, doc
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
