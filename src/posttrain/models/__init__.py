@@ -9,7 +9,6 @@ from posttrain.models.config import DecoderConfig, RopeScaling
 from posttrain.models.decoder import Decoder, flops_per_token, num_parameters
 from posttrain.models.folder import load, save, to_hf_tensors
 from posttrain.models.hub import resolve
-from posttrain.models.matmul import use_onednn_fp32
 from posttrain.models.token_stats import TokenStats, token_stats
 from posttrain.models.weights import weight_table
 
@@ -29,6 +28,5 @@ __all__ = [
     "save",
     "to_hf_tensors",
     "token_stats",
-    "use_onednn_fp32",
     "weight_table",
 ]
