@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from posttrain import data as rows
-from posttrain.core import GateRefused, Task, assistant, recipe
+from posttrain.core import GateRefused, Task, UsageError, assistant, recipe
 from posttrain.data import CompletionRow
 from posttrain.evaluate import Stage, compare, run_suite
 from posttrain.feedback import FeedbackStore, export
@@ -25,10 +25,9 @@ from posttrain.recipes.grpo import Grpo, grpo_loop
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.pretrain import documents, new_policy
 from posttrain.recipes.sft import completion_examples
-from posttrain.recipes.shop import Split, make_questions, pretraining_texts
 from posttrain.recipes.shop.story import print_stages, write_report
-from posttrain.recipes.shop.users import ask_and_judge
-from posttrain.recipes.shop.world import MAX_QUERY_TOKENS, SUITE, World, build_world, suite_of, task_of
+from posttrain.recipes.shop.users import ask_and_judge, rows_of
+from posttrain.recipes.shop.world import MAX_QUERY_TOKENS, SUITE, World, build_world, documents_of, suite_of, task_of
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.workbench import RUNS, Workbench, open_stage, open_workbench
 from posttrain.registry import Gate
@@ -70,6 +69,10 @@ def flywheel(
         resume: run folder to go on with.
     """
     options = dict(locals())
+    if evaluation < GATE.min_samples:
+        raise UsageError(
+            f"--evaluation {evaluation}: the promotion gate asks for {GATE.min_samples} questions at least"
+        )
     sizes = {"training": questions, "development": 150, "evaluation": evaluation, "traffic": traffic}
     with open_workbench("flywheel", options, runs=runs, resume=resume) as bench:
         world = build_world(bench.run.path / "shop", seed, **sizes)
@@ -80,7 +83,7 @@ def flywheel(
 async def _turn(bench: Workbench, world: World, options: dict[str, Any]) -> None:
     seed, project = options["seed"], options["project"]
     evaluated = [task_of(question) for question in world.evaluation]
-    texts = [text for _, text in clean(bench, "documents", list(enumerated(documents_of(world, seed))), evaluated)]
+    texts = clean(bench, "documents", documents_of(world, seed), evaluated)
     training = clean(bench, "training questions", [task_of(question) for question in world.training], evaluated)
     few = [
         CompletionRow(id=task.id, prompt=task.prompt, completion=(assistant(task.answer or ""),))
@@ -107,17 +110,6 @@ async def _turn(bench: Workbench, world: World, options: dict[str, Any]) -> None
     bench.say(f"serve the champion: posttrain serve --project {project} --runs {bench.run.path.parent}")
 
 
-def documents_of(world: World, seed: int) -> list[str]:
-    """The documents that the base model is made from."""
-    logged = make_questions(Split.CORPUS, 6000, seed)
-    return pretraining_texts(world.databases[0], logged, num_glossary=20_000, num_records=1500, seed=seed)
-
-
-def enumerated(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Texts with ids."""
-    return ((f"document-{number}", text) for number, text in enumerate(texts))
-
-
 def clean(bench: Workbench, what: str, items: Sequence[Any], evaluated: Sequence[Task]) -> list[Any]:
     """Without the items that give an evaluation question away; says how many were dropped."""
     found = rows.check_contamination(items, {SUITE: evaluated})
@@ -129,10 +121,13 @@ def clean(bench: Workbench, what: str, items: Sequence[Any], evaluated: Sequence
     return [item for item in items if (item[0] if isinstance(item, tuple) else item.id) in kept]
 
 
-async def base_stage(bench: Workbench, world: World, texts: Sequence[str], steps: int, seed: int) -> Stage:
+async def base_stage(
+    bench: Workbench, world: World, named_texts: Sequence[tuple[str, str]], steps: int, seed: int
+) -> Stage:
     """A tokenizer and a decoder from the shop's documents."""
     begun = time.monotonic()
-    dataset = add_dataset(bench, world, "shop documents", list(enumerated(texts)))
+    dataset = add_dataset(bench, world, "shop documents", named_texts)
+    texts = [text for _, text in named_texts]
     with open_stage(bench, "base", {"seed": seed, "steps": steps, "data": dataset}) as stage:
         policy = new_policy(
             texts,
@@ -268,9 +263,9 @@ def promote(bench: Workbench, project: str, candidate: Stage, others: Sequence[S
 
 
 def is_champion(bench: Workbench, project: str, stage: Stage) -> bool:
-    """True where the stage's model is what the project serves."""
+    """True where the stage's model is what the project serves, or was when its present champion was made of it."""
     champion = bench.registry.champion(project)
-    return champion is not None and champion.id == stage.report.model
+    return champion is not None and stage.report.model in (champion.id, *champion.parents)
 
 
 async def serve_and_listen(
@@ -290,7 +285,7 @@ async def serve_and_listen(
         served = ServedModel(name=project, engine=engine, renderer=policy.renderer, card_id=card.id)
         with Server(create_app({project: served}, store=store, api_keys=[key])) as server:
             visits = await ask_and_judge(
-                server.url, key, project, world.traffic, world.grader, correction_share=0.7, seed=seed
+                server.url, key, project, world.traffic, world.grader, store, correction_share=0.7, seed=seed
             )
         right, corrected = sum(visit.right for visit in visits), sum(visit.corrected for visit in visits)
         bench.say(
@@ -300,4 +295,4 @@ async def serve_and_listen(
         for kind in ("preference", "unpaired_preference"):
             export(store, kind, out=bench.run.path / f"feedback_{kind}.jsonl")
     bench.say(f"feedback exported: {written.rows} rows in {path}")
-    return clean(bench, "rows of feedback", rows.load(path, kind="completion").rows, evaluated)
+    return clean(bench, "rows of feedback", rows_of(path), evaluated)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from posttrain import data as rows
-from posttrain.core import Config, Example, Grade, Grader, Sampling, Task, doc, recipe
+from posttrain.core import Config, Example, Grade, Grader, Sampling, Task, doc, read_metrics, recipe
 from posttrain.engine import LocalEngine
 from posttrain.evaluate import Suite, run_suite
 from posttrain.grade import check_failures as check_grades
@@ -91,14 +91,14 @@ async def grpo_loop(
         bench.run.checkpoints, trainer, ledger=ledger, report=lambda line: bench.run.event("warning", text=line)
     )
     sampled = float(resumed.extra["num_sampled"]) if resumed else 0.0
-    bench.run.truncate_after(trainer.num_steps)
+    bench.run.truncate_after(trainer.num_steps if resumed else -1)
     sampling = Sampling(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         n=config.group_size,
         stop_tokens=tuple(sorted(policy.renderer.stop_tokens)),
     )
-    metrics: dict[str, float] = {}
+    metrics = read_metrics(bench.run.path / "metrics.jsonl")[-1] if resumed else {}
     engine = policy.engine(slots=config.slots, dtype=config.sampler_dtype, seed=config.seed)
     with engine, bench.progress("grpo", config.steps, start=trainer.num_steps) as progress:
         for step in range(trainer.num_steps, config.steps):

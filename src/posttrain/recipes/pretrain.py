@@ -126,7 +126,7 @@ def pretrain(
     """
     options = dict(locals())
     with open_workbench("pretrain", options, runs=runs, resume=resume) as bench:
-        source = bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
+        parents = [bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference").id]
         loaded = rows.load(data, columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl")
         bench.say(loaded.report.summary())
         texts = [_text_of(row) for row in loaded.rows]
@@ -144,6 +144,8 @@ def pretrain(
             policy.model.to(device)
         else:
             policy = load_policy(model, device=device)
+            parent = bench.registry.add_artifact(policy.path, kind="model", name=model, storage="reference")
+            parents.append(parent.id)
         bench.say(f"{num_parameters(policy.model.config):,} parameters, {policy.tokenizer.vocab_size} tokens")
         kept, apart = split_held_out(documents(policy.tokenizer, texts, max_length), held_out, seed)
         steps = steps_of(len(kept), batch_size, epochs)
@@ -165,7 +167,7 @@ def pretrain(
         made = policy.save(bench.run.path / "model")
         bench.registry.add_run(bench.run)
         card = bench.registry.add_artifact(
-            made, kind="model", name=name, parents=[source.id], run=bench.run.id, storage="reference"
+            made, kind="model", name=name, parents=parents, run=bench.run.id, storage="reference"
         )
         if apart:
             bench.say(f"held-out loss {summary['nll_before']:.4f} → {summary['nll_after']:.4f} nats per token")

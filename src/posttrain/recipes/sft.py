@@ -146,7 +146,7 @@ def completion_examples(
         sequence = TokenSequence(tokens=rendered.tokens, mask=rendered.mask)
         examples.append(Example(id=row.id, sequences=(sequence,)))
     if refused:
-        bench.run.event("refused rows", count=len(refused), first=refused[:5])
+        bench.run.event("refused_rows", count=len(refused), first=refused[:5])
     if too_long:
         bench.say(f"{too_long} of {len(pairs)} rows are longer than {max_length} tokens and left out")
     if refused and len(refused) == len(pairs):

@@ -53,7 +53,7 @@ def supervised_loop(
     trainer = Trainer(model, config.train, nll_objective)
     resumed = load_latest(bench.run.checkpoints, trainer, report=lambda line: bench.run.event("warning", text=line))
     summary: dict[str, float] = dict(resumed.extra) if resumed else {}
-    bench.run.truncate_after(trainer.num_steps)
+    bench.run.truncate_after(trainer.num_steps if resumed else -1)
     if held_out and not resumed:
         summary["nll_before"] = trainer.evaluate(held_out)["nll"]
         bench.run.tracker.log({"eval/nll": summary["nll_before"]}, step=0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from posttrain.core import Sampling, Task, derive_seed, user
 from posttrain.evaluate import Suite
 from posttrain.grade import SqlResult
+from posttrain.recipes.shop.corpus import pretraining_texts
 from posttrain.recipes.shop.database import build_database
 from posttrain.recipes.shop.language import Question, Split, make_questions
 
@@ -57,3 +58,10 @@ def suite_of(name: str, questions: Sequence[Question], world: World, stop_tokens
     """A greedy evaluation of execution accuracy."""
     sampling = Sampling(max_tokens=MAX_QUERY_TOKENS, temperature=0.0, stop_tokens=tuple(sorted(stop_tokens)))
     return Suite(name, [task_of(question) for question in questions], sampling, world.grader)
+
+
+def documents_of(world: World, seed: int) -> list[tuple[str, str]]:
+    """The documents that the base model is made from, with ids."""
+    logged = make_questions(Split.CORPUS, 6000, seed)
+    texts = pretraining_texts(world.databases[0], logged, num_glossary=20_000, num_records=1500, seed=seed)
+    return [(f"document-{number}", text) for number, text in enumerate(texts)]
