@@ -166,7 +166,7 @@ def _compare(
         mine, its = (_suites(registry, model, chosen.suite) for model in (card, champion))
         raise RegistryError(
             f"{card.name} ({card.id[:12]}) and the champion {champion.name} ({champion.id[:12]}) have no reports on "
-            f"the same tasks{f' of suite {chosen.suite!r}' if chosen.suite else ''}: the first was evaluated on {mine}, "
+            f"the same tasks{f' of suite {chosen.suite!r}' if chosen.suite else ''}: it was evaluated on {mine}, "
             f"the champion on {its}. Evaluate both alike: posttrain evaluate --model FOLDER --data FILE --grader …"
         )
     return compare(*pair, margin=gate.min_difference, confidence=gate.confidence)

@@ -57,9 +57,6 @@ def check_data(
     prompts = [row for row in rows if isinstance(row, data.PromptRow)]
     if prompts:
         checks.append(check_answers(prompts))
-    pairs = [row for row in rows if isinstance(row, data.PreferenceRow)]
-    if pairs:
-        checks.append(check_pairs(pairs))
     if renderer is not None:
         checks += _check_rendered(rows, renderer, max_positions)
     return checks
@@ -96,15 +93,6 @@ def check_answers(rows: Sequence[PromptRow]) -> Check:
         return ok("answers", f"every one of {len(rows)} prompts has a reference answer")
     detail = f"{len(without)} of {len(rows)} prompts have no reference answer, {without[0]} for one"
     return warning("answers", detail, "graders that compare with it fail on them: map a column with --columns answer=…")
-
-
-def check_pairs(rows: Sequence[PreferenceRow]) -> Check:
-    """Pairs whose two answers are the same."""
-    same = [row.id for row in rows if row.chosen == row.rejected]
-    if not same:
-        return ok("pairs", f"chosen and rejected differ in all of {len(rows)} pairs")
-    detail = f"chosen equals rejected in {len(same)} of {len(rows)} pairs, {same[0]} for one"
-    return warning("pairs", detail, "take them out: they teach nothing and pull both ways")
 
 
 def _check_rendered(rows: Sequence[TypedRow], renderer: Renderer, max_positions: int | None) -> list[Check]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ KINDS = ("text", "prompt", "completion", "preference", "unpaired", "steps")
 NUM_EXAMPLES = 2
 MAX_BAD_SHOWN = 10
 MAX_MATCHES_SHOWN = 5
-SOURCE_ID = re.compile(r"(.*:\d+)(/\w+)?\Z", re.DOTALL)  # `<file>:<line>`, and of pairs taken apart `/chosen`
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -131,14 +129,13 @@ def _write_clean(source: Path, out: Path, dropped: Sequence[str]) -> int:
 
     if out.resolve() == source.resolve():
         raise UsageError(f"--out {out} is the training data itself; write to another file")
-    found = [SOURCE_ID.match(row_id) for row_id in dropped]
-    out_of = {match.group(1) for match in found if match}
+    left_out = set(dropped)  # ids are `<file>:<line>`
     out.parent.mkdir(parents=True, exist_ok=True)
     num_kept = 0
     partial = out.with_name(f".{out.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         for row in data.read_rows(source, on_bad=lambda bad: None):
-            if f"{row.file}:{row.line}" not in out_of:
+            if f"{row.file}:{row.line}" not in left_out:
                 file.write(row.raw() + "\n")
                 num_kept += 1
     partial.replace(out)

@@ -39,14 +39,23 @@ def run_command(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print_options(recipe)
         return 0
+    values = _with_text_paths(parse_options(recipe, [word for word in rest if word != "--json"]))
     if "--json" not in rest:
-        recipe.run_with(parse_options(recipe, rest))
+        recipe.run_with(values)
         return 0
-    values = parse_options(recipe, [word for word in rest if word != "--json"])
     with contextlib.redirect_stdout(sys.stderr):
         result = recipe.run_with(values)
     print_json(result)
     return 0
+
+
+def _with_text_paths(value: Any) -> Any:
+    """Paths as text: `Recipe.run_with` takes plain values, and makes paths of them itself."""
+    if isinstance(value, dict):
+        return {name: _with_text_paths(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_text_paths(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _resumed_words(words: Sequence[str]) -> list[str]:
@@ -174,8 +183,9 @@ def _read_config(recipe: Recipe[..., Any], path: Path) -> dict[str, Any]:
 
 
 def _unknown(recipe: Recipe[..., Any], name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known) or 'none'}"
+    bare = {each.lstrip("-"): each for each in known}  # or the dashes would count as likeness
+    near = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
+    hint = f"did you mean {bare[near[0]]}?" if near else f"it has {', '.join(known) or 'none'}"
     if not name.startswith("-") and known and known[0].startswith("--"):
         return f"recipe {recipe.name!r}: {name!r} belongs to no option; write options as --name value"
     return f"recipe {recipe.name!r} has no option {name}; {hint}"
