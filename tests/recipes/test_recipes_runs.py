@@ -105,11 +105,15 @@ def test_sft_grpo_and_evaluate_on_what_came_before(folder: Path, base: str, caps
     assert parents_of(folder, tuned / "model") == ["base", "pairs.jsonl"]
 
     model = str(tuned / "model")
+    own = folder / "own.py"
+    own.write_text(
+        "from posttrain.grade import Function\ndigits = Function(lambda t: sum(map(str.isdigit, t.text)) / 6)\n"
+    )
     common = {"data": str(folder / "questions.jsonl"), "max_tokens": 6, **runs}
     path = grpo.run_with(
         {
             "model": model,
-            "grader": "number",
+            "grader": f"{own}:digits",
             "steps": 2,
             "prompts_per_step": 4,
             "group_size": 2,
@@ -119,11 +123,11 @@ def test_sft_grpo_and_evaluate_on_what_came_before(folder: Path, base: str, caps
     )
     rows = read_metrics(path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(0 <= row["reward"] <= 1 and "rewards/number/mean" in row for row in rows)
+    assert all(0 <= row["reward"] <= 1 and "rewards/lambda/mean" in row for row in rows)
     assert parents_of(folder, path / "model") == ["questions.jsonl", "sft"]
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 2 * 2  # two groups a step
-    assert {sample["grade"]["grader"] for sample in samples} == {"number"}
+    assert {sample["grade"]["grader"] for sample in samples} == {"lambda"}
 
     report = evaluate.run_with({"model": model, "grader": "number", "limit": 10, **common})
     score = report.metrics["accuracy"]
