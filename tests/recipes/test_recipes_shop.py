@@ -91,7 +91,7 @@ def test_every_query_answers_on_both_databases_and_the_answers_differ(world: Wor
 
 
 def test_the_language_has_joins_aggregates_grouping_and_ordering(world: World) -> None:
-    for word in ("JOIN", "AVG(", "SUM(", "COUNT(", "GROUP BY", "HAVING", "ORDER BY", "LIMIT"):
+    for word in ("JOIN", "AVG(", "SUM(", "COUNT(", "GROUP BY", "ORDER BY", "LIMIT"):
         share = sum(word in question.sql for question in world.evaluation) / len(world.evaluation)
         assert share > 0.02, f"{word} in {share:.1%} of the questions"
 
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_world(tmp_path: Path) -> None:
 
 
 def test_values_are_split_once_and_for_all() -> None:
-    for values in (grammar.CITY, grammar.PRODUCT, grammar.PRICE, grammar.SIZE):
+    for values in (grammar.CITY, grammar.COUNTRY, grammar.PRICE, grammar.SIZE):
         assert values.evaluation
         assert not set(values.train) & set(values.evaluation)
 

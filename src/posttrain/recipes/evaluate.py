@@ -75,7 +75,11 @@ def evaluate(
         )
         suite = Suite(data.name.split(".")[0], tasks, sampling, grader_from(grader))
         card = bench.registry.add_artifact(policy.path, kind="model", name=str(model), storage="reference")
-        with policy.engine(slots=slots, seed=seed) as engine, bench.progress("evaluate", len(tasks)) as progress:
+        length = policy.length_for(tasks, max_tokens)
+        with (
+            policy.engine(slots=slots, length=length, seed=seed) as engine,
+            bench.progress("evaluate", len(tasks)) as progress,
+        ):
             report = asyncio.run(
                 run_suite(
                     suite,

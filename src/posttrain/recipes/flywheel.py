@@ -233,7 +233,7 @@ async def evaluated_stage(
         policy.path, kind="model", name=f"{PROJECT}/{name}", parents=parents, run=f"{bench.run.id}-{name}"
     )
     suite = suite_of(SUITE, world.evaluation, world, policy.renderer.stop_tokens)
-    with policy.engine(slots=256) as engine:
+    with policy.engine(slots=256, length=policy.length_for(suite.tasks, MAX_QUERY_TOKENS)) as engine:
         report = await run_suite(suite, engine, policy.renderer.prompt, model=model.id)
     bench.registry.add_report(report, model.id)
     seconds = time.monotonic() - begun

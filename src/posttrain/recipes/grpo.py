@@ -99,7 +99,10 @@ async def grpo_loop(
         stop_tokens=tuple(sorted(policy.renderer.stop_tokens)),
     )
     metrics = read_metrics(bench.run.path / "metrics.jsonl")[-1] if resumed else {}
-    engine = policy.engine(slots=config.slots, dtype=config.sampler_dtype, seed=config.seed)
+    every = [*tasks, *(held_out.tasks if held_out else ())]
+    length = policy.length_for(every, config.max_tokens)
+    slots = min(config.slots, config.prompts_per_step * config.group_size)
+    engine = policy.engine(slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed)
     with engine, bench.progress("grpo", config.steps, start=trainer.num_steps) as progress:
         for step in range(trainer.num_steps, config.steps):
             engine.update_weights(policy.model, version=step)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from posttrain import models
-from posttrain.core import ModelError
+from posttrain.core import ModelError, Task
 from posttrain.engine import LocalEngine
 from posttrain.render import Renderer, Tokenizer
 
@@ -22,10 +23,24 @@ class Policy:
     renderer: Renderer
     path: Path
 
-    def engine(self, *, slots: int = 64, dtype: str = "float32", seed: int = 0) -> LocalEngine:
-        """A sampler of this policy. In float32 it shares the weights; in another dtype it samples from a copy."""
+    def engine(
+        self, *, slots: int = 64, length: int | None = None, dtype: str = "float32", seed: int = 0
+    ) -> LocalEngine:
+        """A sampler of this policy. In float32 it shares the weights; in another dtype it samples from a copy.
+
+        Args:
+            slots: answers sampled at the same time; each takes `length` tokens of cache.
+            length: tokens of prompt and answer together, at most; None: what the model is made for, at most 2,048.
+            dtype: "float32", "bfloat16" or "float16".
+            seed: for requests without one of their own.
+        """
         kind = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-        return LocalEngine(self.model, self.tokenizer, max_batch=slots, dtype=kind, seed=seed)
+        return LocalEngine(self.model, self.tokenizer, max_batch=slots, max_length=length, dtype=kind, seed=seed)
+
+    def length_for(self, tasks: Iterable[Task], max_tokens: int) -> int:
+        """Tokens that the longest prompt and its answer need, as far as the model has positions for them."""
+        longest = max(len(prompt) for prompt in self.renderer.prompt_many([task.prompt for task in tasks]))
+        return min(longest + max_tokens, self.model.config.max_positions)
 
     def save(self, folder: Path) -> Path:
         """Write a Hugging Face folder that `transformers` loads."""

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from posttrain.core import generator
 from posttrain.recipes.shop.database import SCHEMA
-from posttrain.recipes.shop.grammar import AGGREGATES, CONDITIONS, GROUPED, JOINED, MEASURED, NOUNS
-from posttrain.recipes.shop.language import Question
+from posttrain.recipes.shop.grammar import AGGREGATES, GROUPED, MEASURED, NOUNS
+from posttrain.recipes.shop.language import Question, draw_phrase, from_clause
+
+GLOSSARY_PHRASES = 0.8  # share of glossary entries that are nouns with conditions
 
 
 def pretraining_texts(
@@ -42,22 +44,27 @@ def pretraining_texts(
 
 
 def _glossary_entry(draw: random.Random) -> str:
-    """What one expression means: a condition with a value (mostly), a measure, or a grouping."""
+    """What one expression means: a noun with conditions (mostly), a measure, or a grouping."""
     kind = draw.random()
-    if kind < 0.8:
+    if kind < GLOSSARY_PHRASES:
         table = draw.choice(tuple(NOUNS))
-        condition = draw.choice((*CONDITIONS.get(table, ()), *JOINED.get(table, ())))
-        value = draw.choice(condition.values.train + condition.values.evaluation)
-        phrase = draw.choice(condition.phrases).format(v=value)
-        return f"{draw.choice(NOUNS[table])} {phrase}\n{condition.sql(value)}"
+        phrase, _, where, joined = draw_phrase(
+            draw, table, draw.choice((1, 1, 2)), lambda values: values.train + values.evaluation
+        )
+        return _card(phrase, f"{from_clause(table, joined)} {where}")
     table = draw.choice(tuple(MEASURED))
-    if kind < 0.92:
-        column, words = draw.choice(tuple(MEASURED[table].items()))
+    noun = draw.choice(NOUNS[table])
+    if kind < (1 + GLOSSARY_PHRASES) / 2:
+        column, word = draw.choice(tuple(MEASURED[table].items()))
         aggregate, adjectives = draw.choice(tuple(AGGREGATES.items()))
-        noun = draw.choice(NOUNS[table])
-        return f"{draw.choice(adjectives)} {draw.choice(words)} of {noun}\n{aggregate}({table}.{column})"
-    group, (singular, _) = draw.choice(tuple(GROUPED[table].items()))
-    return f"{draw.choice(NOUNS[table])} {draw.choice(('per', 'for each', 'by'))} {singular}\nGROUP BY {group}"
+        return _card(f"{draw.choice(adjectives)} {word} of {noun}", f"{aggregate}({table}.{column})")
+    group, word = draw.choice(tuple(GROUPED[table].items()))
+    return _card(f"{noun} {draw.choice(('per', 'by'))} {word}", f"GROUP BY {group}")
+
+
+def _card(expression: str, sql: str) -> str:
+    """A glossary entry, in the form in which the assistant will be spoken to."""
+    return f"<|im_start|>user\n{expression}<|im_end|>\n<|im_start|>assistant\n{sql}<|im_end|>\n"
 
 
 def _records(database: Path) -> list[str]:

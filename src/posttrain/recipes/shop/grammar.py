@@ -29,16 +29,14 @@ def _closed(values: tuple[str | int, ...]) -> Values:
 CITY = _open(tuple(shop.CITIES), 3)
 COUNTRY = _open(tuple(shop.COUNTRIES), 3)
 CATEGORY = _open(tuple(shop.CATEGORIES), 3)
-PRODUCT = _open(tuple(shop.product_names()), 3)
-PRICE = _open(tuple(range(100, 950, 50)), 3)
-STOCK = _open(tuple(range(50, 600, 50)), 3)
-CREDIT = _open(tuple(range(100, 950, 50)), 3)
-TOTAL = _open(tuple(range(500, 5750, 250)), 3)
-SIZE = _open(tuple(range(2, 14)), 3)  # how many of the top, how many in a group
+PRICE = _open(tuple(range(100, 1000, 100)), 3)
+STOCK = _open(tuple(range(100, 550, 50)), 3)
+CREDIT = _open(tuple(range(100, 1000, 100)), 3)
+TOTAL = _open(tuple(range(500, 6000, 500)), 3)
+SIZE = _open(tuple(range(2, 11)), 3)  # how many of the top
 SEGMENT = _closed(tuple(shop.SEGMENTS))
 STATUS = _closed(tuple(shop.STATUSES))
-YEAR = _closed(shop.YEARS[1:-1])
-RATING = _closed(shop.RATINGS[1:-1])
+YEAR = _closed(shop.YEARS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,35 +73,18 @@ def _compare(column: str, values: Values, above: tuple[str, ...], below: tuple[s
 
 CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "customers": (
-        Condition(column="customers.city", operator="=", values=CITY, phrases=("in {v}", "from {v}", "living in {v}")),
+        Condition(column="customers.city", operator="=", values=CITY, phrases=("in {v}", "from {v}")),
         Condition(
             column="customers.segment",
             operator="=",
             values=SEGMENT,
-            phrases=("in the {v} segment", "of the {v} segment", "of segment {v}"),
-        ),
-        *_compare(
-            "customers.joined",
-            YEAR,
-            ("who joined after {v}", "that signed up after {v}"),
-            ("who joined before {v}", "that signed up before {v}"),
+            phrases=("in the {v} segment", "of segment {v}"),
         ),
         *_compare(
             "customers.credit",
             CREDIT,
-            ("with credit above {v}", "with more than {v} credit", "whose credit exceeds {v}"),
-            ("with credit below {v}", "with less than {v} credit", "whose credit is under {v}"),
-        ),
-    ),
-    "suppliers": (
-        Condition(
-            column="suppliers.country", operator="=", values=COUNTRY, phrases=("in {v}", "from {v}", "based in {v}")
-        ),
-        *_compare(
-            "suppliers.rating",
-            RATING,
-            ("rated above {v}", "with a rating over {v}"),
-            ("rated below {v}", "with a rating under {v}"),
+            ("with credit above {v}", "with more than {v} credit"),
+            ("with credit below {v}", "with less than {v} credit"),
         ),
     ),
     "products": (
@@ -111,19 +92,13 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
             column="products.category",
             operator="=",
             values=CATEGORY,
-            phrases=("in category {v}", "of the {v} category", "in the {v} section"),
-        ),
-        Condition(
-            column="products.name",
-            operator="=",
-            values=PRODUCT,
-            phrases=("called {v}", "named {v}", "with the name {v}"),
+            phrases=("in category {v}", "of the {v} category"),
         ),
         *_compare(
             "products.price",
             PRICE,
-            ("that cost more than {v}", "priced above {v}", "with a price over {v}"),
-            ("that cost less than {v}", "priced below {v}", "with a price under {v}"),
+            ("that cost more than {v}", "priced above {v}"),
+            ("that cost less than {v}", "priced below {v}"),
         ),
         *_compare(
             "products.stock",
@@ -133,23 +108,13 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
         ),
     ),
     "orders": (
-        Condition(
-            column="orders.status",
-            operator="=",
-            values=STATUS,
-            phrases=("that are {v}", "with status {v}", "marked {v}"),
-        ),
-        Condition(
-            column="orders.year",
-            operator="=",
-            values=YEAR,
-            phrases=("placed in {v}", "made in {v}", "from the year {v}"),
-        ),
+        Condition(column="orders.status", operator="=", values=STATUS, phrases=("that are {v}", "with status {v}")),
+        Condition(column="orders.year", operator="=", values=YEAR, phrases=("placed in {v}", "made in {v}")),
         *_compare(
             "orders.total",
             TOTAL,
-            ("worth more than {v}", "with a total above {v}", "over {v} in value"),
-            ("worth less than {v}", "with a total below {v}", "under {v} in value"),
+            ("worth more than {v}", "with a value above {v}"),
+            ("worth less than {v}", "with a value below {v}"),
         ),
     ),
 }
@@ -161,13 +126,7 @@ JOINED: dict[str, tuple[Condition, ...]] = {
             column="suppliers.country",
             operator="=",
             values=COUNTRY,
-            phrases=("from suppliers in {v}", "supplied from {v}", "made by suppliers based in {v}"),
-        ),
-        *_compare(
-            "suppliers.rating",
-            RATING,
-            ("from suppliers rated above {v}", "whose supplier has a rating over {v}"),
-            ("from suppliers rated below {v}", "whose supplier has a rating under {v}"),
+            phrases=("from suppliers in {v}", "supplied from {v}"),
         ),
     ),
     "orders": (
@@ -175,7 +134,7 @@ JOINED: dict[str, tuple[Condition, ...]] = {
             column="customers.city",
             operator="=",
             values=CITY,
-            phrases=("by customers in {v}", "of customers from {v}", "placed by people living in {v}"),
+            phrases=("by customers in {v}", "of customers from {v}"),
         ),
         Condition(
             column="customers.segment",
@@ -184,59 +143,40 @@ JOINED: dict[str, tuple[Condition, ...]] = {
             phrases=("by customers of the {v} segment", "from the {v} segment"),
         ),
     ),
-    "order_items": tuple(condition for condition in CONDITIONS["products"]),
 }
 
 JOINS: dict[tuple[str, str], str] = {
     ("products", "suppliers"): "JOIN suppliers ON products.supplier_id = suppliers.id",
     ("orders", "customers"): "JOIN customers ON orders.customer_id = customers.id",
-    ("order_items", "products"): "JOIN products ON order_items.product_id = products.id",
 }
 
 NOUNS: dict[str, tuple[str, ...]] = {
-    "customers": ("customers", "clients", "shoppers"),
-    "suppliers": ("suppliers", "vendors"),
-    "products": ("products", "items", "articles"),
+    "customers": ("customers", "clients"),
+    "products": ("products", "items"),
     "orders": ("orders", "purchases"),
-    "order_items": ("products", "items", "articles"),
 }
 
 LISTED: dict[str, dict[str, str]] = {  # column → plural word
-    "customers": {"name": "names", "city": "cities", "credit": "credits"},
-    "suppliers": {"name": "names", "country": "countries", "rating": "ratings"},
-    "products": {"name": "names", "price": "prices", "stock": "stock levels", "category": "categories"},
-    "orders": {"id": "ids", "total": "totals", "status": "statuses"},
+    "customers": {"name": "names"},
+    "products": {"name": "names"},
+    "orders": {"id": "ids"},
 }
 
-MEASURED: dict[str, dict[str, tuple[str, ...]]] = {  # numeric column → words
-    "customers": {"credit": ("credit", "credit limit")},
-    "suppliers": {"rating": ("rating",)},
-    "products": {"price": ("price", "cost"), "stock": ("stock", "stock level")},
-    "orders": {"total": ("total", "value")},
+MEASURED: dict[str, dict[str, str]] = {  # numeric column → its word
+    "customers": {"credit": "credit"},
+    "products": {"price": "price", "stock": "stock"},
+    "orders": {"total": "value"},
 }
 
-GROUPED: dict[str, dict[str, tuple[str, str]]] = {  # column → singular, plural
-    "customers": {
-        "customers.city": ("city", "cities"),
-        "customers.segment": ("segment", "segments"),
-        "customers.joined": ("joining year", "joining years"),
-    },
-    "suppliers": {"suppliers.country": ("country", "countries"), "suppliers.rating": ("rating", "ratings")},
-    "products": {
-        "products.category": ("category", "categories"),
-        "suppliers.country": ("supplier country", "supplier countries"),
-    },
-    "orders": {
-        "orders.status": ("status", "statuses"),
-        "orders.year": ("year", "years"),
-        "customers.city": ("customer city", "customer cities"),
-    },
-    "order_items": {"products.category": ("category", "categories")},
+GROUPED: dict[str, dict[str, str]] = {  # column → its word
+    "customers": {"customers.city": "city", "customers.segment": "segment"},
+    "products": {"products.category": "category", "suppliers.country": "supplier country"},
+    "orders": {"orders.status": "status", "orders.year": "year", "customers.city": "customer city"},
 }
 
 AGGREGATES: dict[str, tuple[str, ...]] = {
     "AVG": ("average", "mean"),
-    "MAX": ("highest", "largest", "maximum"),
-    "MIN": ("lowest", "smallest", "minimum"),
+    "MAX": ("highest", "largest"),
+    "MIN": ("lowest", "smallest"),
     "SUM": ("total", "combined"),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -32,6 +32,8 @@ from posttrain.recipes.shop.grammar import (
 )
 
 HELD_OUT_SHARE = 5  # one combination in five
+
+Pool = Callable[[Values], Sequence[str | int]]
 
 
 class Split(StrEnum):
@@ -68,129 +70,72 @@ class _Ask:
 
 
 def _asks(table: str) -> list[_Ask]:
-    asks: list[_Ask] = []
-    for column, plural in LISTED.get(table, {}).items():
+    asks = [
+        _Ask(
+            name="count",
+            templates=("how many {np} are there", "count the {np}", "what is the number of {np}"),
+            select="COUNT(*)",
+        )
+    ]
+    for column, plural in LISTED[table].items():
         asks.append(
             _Ask(
                 name=f"list {column}",
-                templates=(
-                    f"list the {plural} of {{np}}",
-                    f"show the {plural} of all {{np}}",
-                    f"give me the {plural} of {{np}}",
-                    f"what are the {plural} of {{np}}",
-                ),
+                templates=(f"list the {plural} of {{np}}", f"show the {plural} of all {{np}}"),
                 select=f"{table}.{column}",
             )
         )
-    if table != "order_items":
-        asks.append(
-            _Ask(
-                name="count",
-                templates=(
-                    "how many {np} are there",
-                    "count the {np}",
-                    "what is the number of {np}",
-                    "how many {np} do we have",
-                ),
-                select="COUNT(*)",
-            )
-        )
-    for column, words in MEASURED.get(table, {}).items():
-        asks += _measures(table, column, words)
-        asks += _ranks(table, column, words)
-    if table == "order_items":
-        asks.append(
-            _Ask(
-                name="units",
-                templates=(
-                    "how many units of {np} were sold",
-                    "what is the number of units sold of {np}",
-                    "total quantity sold of {np}",
-                ),
-                select="SUM(order_items.quantity)",
-                needs="products",
-            )
-        )
-    for group, (singular, plural) in GROUPED[table].items():
-        asks += _groups(table, group, singular, plural)
+        for measure, word in MEASURED[table].items():
+            asks += _ranks(f"{table}.{column}", plural, f"{table}.{measure}", word)
+    for measure, word in MEASURED[table].items():
+        asks += _measures(f"{table}.{measure}", word)
+    for group, word in GROUPED[table].items():
+        asks += _groups(table, group, word)
     return asks
 
 
-def _measures(table: str, column: str, words: tuple[str, ...]) -> Iterator[_Ask]:
+def _measures(column: str, word: str) -> Iterator[_Ask]:
     for aggregate, adjectives in AGGREGATES.items():
-        if column == "rating" and aggregate != "AVG":  # five ratings: the extremes are the same in every shop
-            continue
-        heads = [f"{adjective} {word}" for adjective in adjectives for word in words if adjective != word]
-        frames = ("what is the {head} of {{np}}", "find the {head} of {{np}}", "tell me the {head} of {{np}}")
         yield _Ask(
             name=f"{aggregate} {column}",
-            templates=tuple(frame.format(head=head) for frame in frames for head in heads),
-            select=f"{aggregate}({table}.{column})",
+            templates=tuple(
+                f"{start} {adjective} {word} of {{np}}"
+                for start in ("what is the", "find the")
+                for adjective in adjectives
+            ),
+            select=f"{aggregate}({column})",
         )
 
 
-def _ranks(table: str, column: str, words: tuple[str, ...]) -> Iterator[_Ask]:
-    if column == "rating":  # ratings tie; a ranking by them would have no single answer
-        return
-    shown = "id" if table == "orders" else "name"
+def _ranks(shown: str, plural: str, column: str, word: str) -> Iterator[_Ask]:
     for direction, ends, order in (("top", ("highest", "largest"), "DESC"), ("bottom", ("lowest", "smallest"), "ASC")):
-        plural = LISTED[table][shown]
-        templates = [f"list the {plural} of the {{k}} {{np}} with the {end} {word}" for end in ends for word in words]
-        templates += [f"{direction} {{k}} {{np}} by {word}" for word in words]
+        templates = [f"list the {plural} of the {{k}} {{np}} with the {end} {word}" for end in ends]
         yield _Ask(
             name=f"{direction} {column}",
-            templates=tuple(templates),
-            select=f"{table}.{shown}",
-            tail=f"ORDER BY {table}.{column} {order} LIMIT {{k}}",
+            templates=(*templates, f"{direction} {{k}} {{np}} by {word}"),
+            select=shown,
+            tail=f"ORDER BY {column} {order} LIMIT {{k}}",
         )
 
 
-def _groups(table: str, group: str, singular: str, plural: str) -> Iterator[_Ask]:
-    needs = group.split(".")[0]
-    needs = needs if needs != table else ""
-    if table == "order_items":
-        yield _Ask(
-            name=f"units by {group}",
-            templates=(
-                f"units sold of {{np}} per {singular}",
-                f"how many units of {{np}} were sold for each {singular}",
-            ),
-            select=f"{group}, SUM(order_items.quantity)",
-            tail=f"GROUP BY {group}",
-            needs=needs,
-            group=group,
-        )
-        return
+def _groups(table: str, group: str, word: str) -> Iterator[_Ask]:
+    needs = group.split(".")[0].replace(table, "")
     yield _Ask(
         name=f"count by {group}",
-        templates=(
-            f"how many {{np}} are there per {singular}",
-            f"count the {{np}} by {singular}",
-            f"number of {{np}} for each {singular}",
-        ),
+        templates=(f"how many {{np}} are there per {word}", f"count the {{np}} by {word}"),
         select=f"{group}, COUNT(*)",
         tail=f"GROUP BY {group}",
         needs=needs,
         group=group,
     )
-    yield _Ask(
-        name=f"having {group}",
-        templates=(f"which {plural} have more than {{k}} {{np}}", f"{plural} with over {{k}} {{np}}"),
-        select=group,
-        tail=f"GROUP BY {group} HAVING COUNT(*) > {{k}}",
-        needs=needs,
-        group=group,
-    )
-    for column, words in MEASURED[table].items():
-        aggregate, adjectives = ("AVG", AGGREGATES["AVG"]) if column != "stock" else ("SUM", AGGREGATES["SUM"])
+    for column, measure in MEASURED[table].items():
+        aggregate = "SUM" if column == "stock" else "AVG"
         yield _Ask(
             name=f"{aggregate} {column} by {group}",
             templates=tuple(
-                f"{start}{adjective} {words[0]} of {{np}} {link} {singular}"
-                for start in ("", "show the ", "what is the ")
-                for adjective in adjectives
-                if adjective != words[0]
-                for link in ("per", "for each")
+                f"{start} {adjective} {measure} of {{np}} per {word}"
+                for start in ("show the", "what is the")
+                for adjective in AGGREGATES[aggregate]
             ),
             select=f"{group}, {aggregate}({table}.{column})",
             tail=f"GROUP BY {group}",
@@ -210,32 +155,52 @@ def _held_out(combination: str) -> bool:
     return hashlib.sha256(combination.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def _draw(draw: random.Random, pool: Callable[[Values], Sequence[str | int]]) -> tuple[str, str, str, tuple[str, ...]]:
-    table = draw.choices(("customers", "products", "orders", "suppliers", "order_items"), (5, 6, 6, 2, 2))[0]
-    ask = draw.choice(_ASKS[table])
-    available = [c for c in (*CONDITIONS.get(table, ()), *JOINED.get(table, ())) if c.key != f"{ask.group}="]
-    wanted = draw.choices((0, 1, 2), (1, 4, 4))[0]
+def draw_phrase(
+    draw: random.Random, table: str, num: int, pool: Pool, *, without: str = ""
+) -> tuple[str, tuple[Condition, ...], str, tuple[str, ...]]:
+    """A noun with conditions, "clients in Paris with credit above 300", and what it is in SQL.
+
+    Args:
+        draw: source of chance.
+        table: what the noun means.
+        num: how many conditions, on different columns.
+        pool: which values may be named.
+        without: key of a condition that is not used.
+
+    Returns:
+        The phrase, its conditions, the WHERE clause (empty without conditions), and the tables to join.
+    """
+    available = [c for c in (*CONDITIONS.get(table, ()), *JOINED.get(table, ())) if c.key != without]
     conditions: list[Condition] = []
-    while len(conditions) < wanted and available:
+    while len(conditions) < num and available:
         condition = draw.choice(available)
         conditions.append(condition)
         available = [other for other in available if other.column != condition.column]
     values = [draw.choice(pool(condition.values)) for condition in conditions]
-    phrases = [
-        draw.choice(condition.phrases).format(v=value) for condition, value in zip(conditions, values, strict=True)
-    ]
+    phrases = [draw.choice(c.phrases).format(v=value) for c, value in zip(conditions, values, strict=True)]
+    phrase = f"{draw.choice(NOUNS[table])} {draw.choice((' ', ' and ')).join(phrases)}".strip()
+    clauses = [c.sql(value) for c, value in zip(conditions, values, strict=True)]
+    where = "WHERE " + " AND ".join(clauses) if clauses else ""
+    joined = tuple(dict.fromkeys(c.table for c in conditions if c.table != table))
+    return phrase, tuple(conditions), where, joined
+
+
+def from_clause(table: str, joined: Iterable[str]) -> str:
+    """`FROM orders JOIN customers ON …`."""
+    return " ".join([f"FROM {table}", *(JOINS[(table, other)] for other in dict.fromkeys(joined))])
+
+
+def _draw(draw: random.Random, pool: Pool) -> tuple[str, str, str, tuple[str, ...]]:
+    table = draw.choices(("customers", "products", "orders"), (1, 2, 2))[0]
+    ask = draw.choice(_ASKS[table])
+    num = draw.choices((0, 1, 2), (1, 4, 4))[0]
+    phrase, conditions, where, joined = draw_phrase(draw, table, num, pool, without=f"{ask.group}=")
+    joined = ((ask.needs,) if ask.needs else ()) + joined
     size = draw.choice(pool(SIZE))
-    noun_phrase = f"{draw.choice(NOUNS[table])} {draw.choice((' ', ' and ')).join(phrases)}".strip()
-    text = draw.choice(ask.templates).format(np=noun_phrase, k=size)
-    joined = dict.fromkeys([ask.needs] * bool(ask.needs) + [c.table for c in conditions if c.table != table])
-    parts = [f"SELECT {ask.select} FROM {table}", *(JOINS[(table, other)] for other in joined)]
-    if conditions:
-        clauses = [condition.sql(value) for condition, value in zip(conditions, values, strict=True)]
-        parts.append("WHERE " + " AND ".join(clauses))
-    if ask.tail:
-        parts.append(ask.tail.format(k=size))
+    text = draw.choice(ask.templates).format(np=phrase, k=size)
+    parts = [f"SELECT {ask.select}", from_clause(table, joined), where, ask.tail.format(k=size)]
     tags = (table, ask.name.split()[0].lower(), f"{len(conditions)} filters", "join" if joined else "no join")
-    return text, " ".join(parts), _combination(table, ask, conditions), tags
+    return text, " ".join(part for part in parts if part), _combination(table, ask, conditions), tags
 
 
 _ASKS = {table: _asks(table) for table in NOUNS}
@@ -259,7 +224,7 @@ def make_questions(
         EvaluateError: the language has too few different questions.
     """
     draw = generator(seed, "shop questions", split.value)
-    pools: dict[Split, Callable[[Values], Sequence[str | int]]] = {
+    pools: dict[Split, Pool] = {
         Split.TRAIN: lambda values: values.train,
         Split.EVALUATION: lambda values: values.evaluation,
         Split.CORPUS: lambda values: values.train + values.evaluation,
