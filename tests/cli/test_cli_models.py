@@ -183,6 +183,17 @@ def test_serve_refuses_an_open_address_without_a_key(
     assert (said.code, "Choose another port" in said.err, said.out) == (1, True, "")
 
 
+def test_a_served_folder_is_known_by_its_card_while_it_is_what_was_registered(own_model: Path, tmp_path: Path) -> None:
+    from posttrain.registry import Registry
+
+    assert serving.registered_id(own_model, tmp_path) == ""
+    with Registry(tmp_path / "registry.db") as registry:
+        made = registry.add_artifact(own_model, kind="model", name="mine", storage="reference")
+    assert serving.registered_id(own_model, tmp_path) == made.id
+    (own_model / "config.json").write_text((own_model / "config.json").read_text() + " ")
+    assert serving.registered_id(own_model, tmp_path) == ""
+
+
 @pytest.mark.parametrize(
     ("host", "closed"),
     [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],

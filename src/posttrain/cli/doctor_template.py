@@ -118,7 +118,7 @@ def check_prefix(renderer: Renderer) -> Check:
             report = renderer.prefix_stable(conversation(reasoning=reasoning))
         except RenderError as error:
             if reasoning:
-                return ok(name, f"earlier turns stay as they were; reasoning is not written ({error})")
+                return ok(name, "earlier turns stay as they were; the template does not write a turn's reasoning")
             return warning(name, f"cannot be told: {error}", advice)
         if not report.stable:
             what = "a turn with reasoning" if reasoning else "an earlier turn"

@@ -107,9 +107,12 @@ def welcome(url: str, name: str, *, has_key: bool, chat: bool) -> list[str]:
 
 def _which_model(chosen: argparse.Namespace) -> tuple[str, str, str]:
     """Folder, card id and name of what is to be served."""
-    if chosen.model is not None:
-        return chosen.model, "", chosen.name or Path(chosen.model).resolve().name
     from posttrain.cli.artifacts import open_registry
+
+    if chosen.model is not None:
+        folder = Path(chosen.model).resolve()
+        own_name = folder.parent.name if folder.name == "model" else folder.name  # a run's model is runs/<id>/model
+        return chosen.model, registered_id(folder, chosen.runs), chosen.name or own_name
 
     with open_registry(chosen.runs) as registry:
         card = registry.champion(chosen.project)
@@ -121,6 +124,22 @@ def _which_model(chosen: argparse.Namespace) -> tuple[str, str, str]:
             )
     print(f"champion of {chosen.project}: {card.name} ({card.id[:12]})")
     return card.path, card.id, chosen.name or chosen.project
+
+
+def registered_id(folder: Path, runs: Path) -> str:
+    """The id under which the registry knows a folder as it is now; "" where it does not."""
+    from posttrain.cli.artifacts import open_registry
+
+    if not (folder.is_dir() and (runs / "registry.db").is_file()):
+        return ""
+    with open_registry(runs) as registry:
+        for artifact in reversed(registry.artifacts("model")):
+            if Path(artifact.path) == folder:
+                try:
+                    return registry.verify(artifact.id).id
+                except RegistryError:  # trained on since: another model now
+                    return ""
+    return ""
 
 
 def _free_port(host: str) -> int:
