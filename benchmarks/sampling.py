@@ -51,6 +51,7 @@ def transformers_runner(folder: Path, dtype: str, prompts: list[list[int]], new:
     """One call = one batch, sampled at temperature 1."""
     import transformers
 
+    transformers.logging.disable_progress_bar()
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     longest = max(map(len, prompts))
     tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -126,7 +127,8 @@ def main() -> None:
     model = models.Decoder.random(config, 0)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, {args.vocab} ids, {args.new} new tokens, {torch.get_num_threads()} threads")
-    print(f"{'batch':>5} {'dtype':>5} {'engine tok/s':>13} {'transformers':>13} {'ratio':>6}   (medians of {args.rounds})")
+    print(f"medians of {args.rounds} rounds, tokens per second")
+    print(f"{'batch':>5} {'dtype':>5} {'engine':>10} {'transformers':>13} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models.save(model, folder)
@@ -138,7 +140,7 @@ def main() -> None:
                     runners["transformers"] = transformers_runner(folder, dtype, prompts, args.new)
                 rates = measure(runners, batch * args.new, args.rounds)
                 ours, theirs = rates["engine"], rates.get("transformers", [])
-                line = f"{batch:>5} {dtype:>5} {statistics.median(ours):>13,.0f}"
+                line = f"{batch:>5} {dtype:>5} {statistics.median(ours):>10,.0f}"
                 if theirs:
                     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
                     line += f" {statistics.median(theirs):>13,.0f} {ratio:>6.2f}"

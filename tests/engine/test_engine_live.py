@@ -77,8 +77,7 @@ def test_many_streams_and_samples_at_once(make_engine: MakeEngine) -> None:
     async def run() -> tuple[list[list[StreamEvent]], list[list[list[Completion]]]]:
         streams = [collect(engine, ask(f"stream {i}", sampling.replace(seed=i))) for i in range(9)]
         samples = [engine.sample([ask(f"sample {i}", sampling.replace(seed=i, n=2))]) for i in range(9)]
-        both = await asyncio.gather(asyncio.gather(*streams), asyncio.gather(*samples))
-        return both  # type: ignore[return-value]
+        return await asyncio.gather(asyncio.gather(*streams), asyncio.gather(*samples))
 
     streams, samples = asyncio.run(run())
     assert all(sum(len(event.tokens) for event in events) == 12 for events in streams)
@@ -341,7 +340,7 @@ def test_a_result_that_does_not_come_in_time_says_so(make_model: Any, make_engin
     model = make_model(0)
     slow = Slow(model)
     handle = make_engine(model).submit(ask("x", Sampling(max_tokens=1), "late"))
-    with pytest.raises(EngineError, match="'late' is not finished after 0.05 s"):
+    with pytest.raises(EngineError, match=r"'late' is not finished after 0\.05 s"):
         handle.result(0.05)
     slow.go(10)
     assert len(handle.result(20)) == 1

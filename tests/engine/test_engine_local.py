@@ -271,12 +271,13 @@ def test_bfloat16_copies_follow_the_policy_closely(make_engine: MakeEngine, mode
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_a_row_with_nan_fails_alone(make_model: Any, make_engine: MakeEngine) -> None:
+@pytest.mark.parametrize("poisoned", [200, 0])
+def test_a_row_with_nan_fails_alone(make_model: Any, make_engine: MakeEngine, poisoned: int) -> None:
     model = make_model(0)
     with torch.no_grad():
-        model.embed.weight[200] = math.nan
+        model.embed.weight[poisoned] = math.nan
     engine = make_engine(model, max_batch=4)
-    prompts = [[97, 98], [97, 200, 98], [99], [200], [100, 101, 102]]
+    prompts = [[97, 98], [97, poisoned, 98], [99], [poisoned], [100, 101, 102]]
     sampling = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
     out = engine.generate(prompts, sampling)
     assert [completion.stop_reason is StopReason.ERROR for completion in out] == [False, True, False, True, False]

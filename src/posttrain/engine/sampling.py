@@ -76,17 +76,19 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor, how: RowSampling) -> Sampled:
     Returns:
         Tokens and both logprobs. A row with NaN or +inf logits is marked in `valid_N`; its other values mean nothing.
     """
-    policy_lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
-    valid_N = policy_lse_N1.squeeze(1).isfinite()
-    heated_NV, lse_N1 = logits_NV, policy_lse_N1
-    if how.temperatures_N1 is not None:
-        heated_NV = logits_NV / how.temperatures_N1
-        lse_N1 = heated_NV.logsumexp(-1, keepdim=True)
-    if how.greedy_N is not None and bool(how.greedy_N.all()):
+    all_greedy = how.greedy_N is not None and bool(how.greedy_N.all())
+    heated_NV = logits_NV if how.temperatures_N1 is None else logits_NV / how.temperatures_N1
+    if all_greedy:
+        policy_lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
         tokens_N1 = logits_NV.argmax(-1, keepdim=True)
-        logprobs_N1 = torch.zeros_like(lse_N1)
+        logprobs_N1 = torch.zeros_like(policy_lse_N1)
     else:
-        tokens_N1 = _invert((heated_NV - lse_N1).exp(), uniforms_N)
+        # One exponential per logit serves the draw and the normaliser.
+        top_N1 = heated_NV.amax(-1, keepdim=True)
+        running_NV = (heated_NV - top_N1).exp_().cumsum(-1, dtype=torch.float64)
+        lse_N1 = top_N1 + running_NV[:, -1:].log().to(top_N1.dtype)
+        policy_lse_N1 = lse_N1 if heated_NV is logits_NV else logits_NV.logsumexp(-1, keepdim=True)
+        tokens_N1 = _invert(running_NV, uniforms_N)
         logprobs_N1 = heated_NV.gather(1, tokens_N1) - lse_N1
         if how.truncated_M is not None:
             rows_M = how.truncated_M
@@ -97,6 +99,7 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor, how: RowSampling) -> Sampled:
             greedy_N1 = how.greedy_N[:, None]
             tokens_N1 = torch.where(greedy_N1, logits_NV.argmax(-1, keepdim=True), tokens_N1)
             logprobs_N1 = logprobs_N1.masked_fill(greedy_N1, 0.0)
+    valid_N = policy_lse_N1.squeeze(1).isfinite()
     policy_N1 = logits_NV.gather(1, tokens_N1) - policy_lse_N1
     top_ids_NK = top_logprobs_NK = None
     if how.num_top_logprobs:
@@ -112,12 +115,13 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor, how: RowSampling) -> Sampled:
     )
 
 
-def _invert(weights_NC: Tensor, uniforms_N: Tensor) -> Tensor:
-    """Index of the first column at which the running sum exceeds u × total: never one of weight 0."""
-    # float64: in float32 the running sum over a large vocabulary would lose its rarest tokens.
-    running_NC = weights_NC.cumsum(-1, dtype=torch.float64)
+def _invert(running_NC: Tensor, uniforms_N: Tensor) -> Tensor:
+    """Index of the first column at which the running sum exceeds u × total: never one of weight 0.
+
+    The running sum is float64: in float32 that over a large vocabulary would lose its rarest tokens.
+    """
     target_N1 = running_NC[:, -1:] * uniforms_N[:, None]
-    return torch.searchsorted(running_NC, target_N1, right=True).clamp_(max=weights_NC.shape[1] - 1)
+    return torch.searchsorted(running_NC, target_N1, right=True).clamp_(max=running_NC.shape[1] - 1)
 
 
 def _sample_truncated(heated_MV: Tensor, lse_M1: Tensor, uniforms_M: Tensor, how: RowSampling) -> tuple[Tensor, Tensor]:
@@ -138,8 +142,9 @@ def _sample_truncated(heated_MV: Tensor, lse_M1: Tensor, uniforms_M: Tensor, how
         top_MC, ids_MC = heated_MV.sort(dim=-1, descending=True, stable=True)
         keep_MC = _kept(top_MC, lse_M1, how)
     weights_MC = (top_MC - top_MC[:, :1]).exp().masked_fill(~keep_MC, 0.0)
-    place_M1 = _invert(weights_MC, uniforms_M)
-    logprobs_M1 = weights_MC.gather(1, place_M1).log() - weights_MC.sum(-1, keepdim=True, dtype=torch.float64).log()
+    running_MC = weights_MC.cumsum(-1, dtype=torch.float64)
+    place_M1 = _invert(running_MC, uniforms_M)
+    logprobs_M1 = weights_MC.gather(1, place_M1).log() - running_MC[:, -1:].log()
     return ids_MC.gather(1, place_M1), logprobs_M1.to(heated_MV.dtype)
 
 
