@@ -46,6 +46,7 @@ def test_options_come_from_the_signature_and_the_docstring() -> None:
 def test_values_are_checked_and_converted() -> None:
     values = sample.run_with({"data": "x.jsonl", "steps": 3, "tags": ["p", "q"], "lr": 1})
     assert values["data"] == Path("x.jsonl")
+    assert sample.run_with({"data": Path("x.jsonl")})["data"] == Path("x.jsonl")
     assert values["tags"] == ("p", "q")
     assert values["lr"] == 1.0
     with pytest.raises(ConfigError, match=r"no option colour.*Options: data, steps"):

@@ -151,7 +151,7 @@ def _check(value: Any, option: Option) -> Any:
 
 
 def _decode(kind: Any, value: Any) -> Any:
-    if kind is Path and isinstance(value, str):
+    if kind is Path and isinstance(value, str | Path):
         return Path(value)
     raise NotImplementedError(f"no way to make a {kind} of {value!r}")
 

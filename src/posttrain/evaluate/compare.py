@@ -75,7 +75,7 @@ def _check_same(candidate: EvalReport, champion: EvalReport) -> None:
             f"suite {candidate.suite!r} ({candidate.suite_hash[:12]}) and suite {champion.suite!r} "
             f"({champion.suite_hash[:12]}) are not the same tasks and grader; evaluate both models on one suite"
         )
-    if _without_seed(candidate.sampling) != _without_seed(champion.sampling):
+    if _comparable(candidate.sampling) != _comparable(champion.sampling):
         raise EvaluateError(
             f"suite {candidate.suite!r}: the candidate was sampled with {candidate.sampling}, the champion with "
             f"{champion.sampling}; evaluate both alike"
@@ -86,8 +86,9 @@ def _check_same(candidate: EvalReport, champion: EvalReport) -> None:
         raise EvaluateError(f"suite {candidate.suite!r}: task {odd[0]!r}, sample {odd[1]} is in one report only")
 
 
-def _without_seed(sampling: Sampling) -> Sampling:
-    return sampling.replace(seed=None)
+def _comparable(sampling: Sampling) -> Sampling:
+    """Without what may differ between two fair evaluations: the seed, and the ids at which a vocabulary's turns end."""
+    return sampling.replace(seed=None, stop_tokens=())
 
 
 def _answers(report: EvalReport) -> set[tuple[str, int]]:

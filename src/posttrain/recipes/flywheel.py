@@ -42,11 +42,11 @@ GATE = Gate(min_samples=200, require_contamination_check=True)
 def flywheel(
     *,
     seed: int = 0,
-    pretrain_steps: int = 1500,
+    pretrain_steps: int = 1100,
     pairs: int = 300,
     sft_epochs: float = 10.0,
     questions: int = 3000,
-    grpo_steps: int = 150,
+    grpo_steps: int = 160,
     evaluation: int = 600,
     traffic: int = 400,
     project: str = PROJECT,
@@ -91,7 +91,7 @@ async def _turn(bench: Workbench, world: World, options: dict[str, Any]) -> None
     ]
 
     base = await base_stage(bench, world, texts, options["pretrain_steps"], seed)
-    sft = await sft_stage(bench, world, base, "sft", few, epochs=options["sft_epochs"], lr=5e-4, seed=seed)
+    sft = await sft_stage(bench, world, base, "sft", few, epochs=options["sft_epochs"], lr=4e-4, seed=seed)
     promote(bench, project, sft, [], "the first model that answers")
     grpo = await grpo_stage(bench, world, sft, training, options["grpo_steps"], seed)
     promote(bench, project, grpo, [sft], "GRPO on the results of execution")
@@ -131,7 +131,7 @@ async def base_stage(
     with open_stage(bench, "base", {"seed": seed, "steps": steps, "data": dataset}) as stage:
         policy = new_policy(
             texts,
-            vocab_size=768,
+            vocab_size=1024,
             width=256,
             num_layers=4,
             num_heads=4,
@@ -195,10 +195,13 @@ async def grpo_stage(
         prompts_per_step=32,
         group_size=8,
         max_tokens=MAX_QUERY_TOKENS,
-        lr=1e-4,
+        lr=2e-4,
         warmup=10,
-        evaluate_every=15,
-        checkpoint_every=50,
+        scale_rewards=True,
+        evaluate_every=20,
+        checkpoint_every=40,
+        micro_tokens=4096,
+        sampler_dtype="bfloat16",
         seed=seed,
     )
     with open_stage(bench, "grpo", {"seed": seed, "steps": steps, "data": dataset}) as stage:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from posttrain.core import generator
 from posttrain.recipes.shop.database import SCHEMA
-from posttrain.recipes.shop.grammar import AGGREGATES, GROUPED, MEASURED, NOUNS
-from posttrain.recipes.shop.language import Question, draw_phrase, from_clause
+from posttrain.recipes.shop.grammar import AGGREGATES, ENDS, GROUPED, MEASURED, NOUNS, SIZE, TOPS
+from posttrain.recipes.shop.language import Question, draw_phrase, every_value, from_clause
 
-GLOSSARY_PHRASES = 0.8  # share of glossary entries that are nouns with conditions
+# What a glossary entry is about, and how often.
+KINDS = {"conditions": 14, "ranking": 3, "measure": 2, "grouping": 1}
 
 
 def pretraining_texts(
@@ -44,18 +45,20 @@ def pretraining_texts(
 
 
 def _glossary_entry(draw: random.Random) -> str:
-    """What one expression means: a noun with conditions (mostly), a measure, or a grouping."""
-    kind = draw.random()
-    if kind < GLOSSARY_PHRASES:
-        table = draw.choice(tuple(NOUNS))
-        phrase, _, where, joined = draw_phrase(
-            draw, table, draw.choice((1, 1, 2)), lambda values: values.train + values.evaluation
-        )
-        return _card(phrase, f"{from_clause(table, joined)} {where}")
-    table = draw.choice(tuple(MEASURED))
+    """What one expression means: a noun with conditions, a ranking, a measure or a grouping."""
+    kind = draw.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+    table = draw.choice(tuple(NOUNS))
     noun = draw.choice(NOUNS[table])
-    if kind < (1 + GLOSSARY_PHRASES) / 2:
-        column, word = draw.choice(tuple(MEASURED[table].items()))
+    if kind == "conditions":
+        phrase, _, where, joined = draw_phrase(draw, table, draw.choice((1, 2)), every_value)
+        return _card(phrase, f"{from_clause(table, joined)} {where}")
+    column, word = draw.choice(tuple(MEASURED[table].items()))
+    if kind == "ranking":
+        end, order = draw.choice(tuple(ENDS.items()))
+        size = draw.choice(every_value(SIZE))
+        expression = draw.choice((f"the {size} {noun} with the {end} {word}", f"{TOPS[order]} {size} {noun} by {word}"))
+        return _card(expression, f"ORDER BY {table}.{column} {order} LIMIT {size}")
+    if kind == "measure":
         aggregate, adjectives = draw.choice(tuple(AGGREGATES.items()))
         return _card(f"{draw.choice(adjectives)} {word} of {noun}", f"{aggregate}({table}.{column})")
     group, word = draw.choice(tuple(GROUPED[table].items()))

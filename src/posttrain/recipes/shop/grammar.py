@@ -180,3 +180,6 @@ AGGREGATES: dict[str, tuple[str, ...]] = {
     "MIN": ("lowest", "smallest"),
     "SUM": ("total", "combined"),
 }
+
+ENDS: dict[str, str] = {"highest": "DESC", "largest": "DESC", "lowest": "ASC", "smallest": "ASC"}
+TOPS: dict[str, str] = {"DESC": "top", "ASC": "bottom"}

@@ -20,6 +20,7 @@ from posttrain.core import EvaluateError, generator
 from posttrain.recipes.shop.grammar import (
     AGGREGATES,
     CONDITIONS,
+    ENDS,
     GROUPED,
     JOINED,
     JOINS,
@@ -27,6 +28,7 @@ from posttrain.recipes.shop.grammar import (
     MEASURED,
     NOUNS,
     SIZE,
+    TOPS,
     Condition,
     Values,
 )
@@ -34,6 +36,11 @@ from posttrain.recipes.shop.grammar import (
 HELD_OUT_SHARE = 5  # one combination in five
 
 Pool = Callable[[Values], Sequence[str | int]]
+
+
+def every_value(values: Values) -> tuple[str | int, ...]:
+    """The values of training and of evaluation."""
+    return values.train + values.evaluation
 
 
 class Split(StrEnum):
@@ -108,7 +115,8 @@ def _measures(column: str, word: str) -> Iterator[_Ask]:
 
 
 def _ranks(shown: str, plural: str, column: str, word: str) -> Iterator[_Ask]:
-    for direction, ends, order in (("top", ("highest", "largest"), "DESC"), ("bottom", ("lowest", "smallest"), "ASC")):
+    for order, direction in TOPS.items():
+        ends = [end for end, way in ENDS.items() if way == order]
         templates = [f"list the {plural} of the {{k}} {{np}} with the {end} {word}" for end in ends]
         yield _Ask(
             name=f"{direction} {column}",
@@ -227,8 +235,8 @@ def make_questions(
     pools: dict[Split, Pool] = {
         Split.TRAIN: lambda values: values.train,
         Split.EVALUATION: lambda values: values.evaluation,
-        Split.CORPUS: lambda values: values.train + values.evaluation,
-        Split.TRAFFIC: lambda values: values.train + values.evaluation,
+        Split.CORPUS: every_value,
+        Split.TRAFFIC: every_value,
     }
     connections = [sqlite3.connect(f"file:{path}?mode=ro", uri=True) for path in databases]
     questions: list[Question] = []

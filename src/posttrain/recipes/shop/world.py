@@ -62,6 +62,6 @@ def suite_of(name: str, questions: Sequence[Question], world: World, stop_tokens
 
 def documents_of(world: World, seed: int) -> list[tuple[str, str]]:
     """The documents that the base model is made from, with ids."""
-    logged = make_questions(Split.CORPUS, 6000, seed)
-    texts = pretraining_texts(world.databases[0], logged, num_glossary=20_000, num_records=1500, seed=seed)
+    logged = make_questions(Split.CORPUS, 2500, seed)
+    texts = pretraining_texts(world.databases[0], logged, num_glossary=26_000, num_records=500, seed=seed)
     return [(f"document-{number}", text) for number, text in enumerate(texts)]
