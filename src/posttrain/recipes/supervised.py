@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Annotated
 
 from posttrain.core import Config, DataError, Example, TokenSequence, derive_seed, doc, generator
@@ -31,9 +32,15 @@ def batch_at(num_examples: int, batch_size: int, step: int, seed: int) -> list[i
     """Which examples a step trains on, as a function of the step alone: every example once per epoch."""
     per_epoch = -(-num_examples // batch_size)
     epoch, place = divmod(step, per_epoch)
+    order = _epoch_order(num_examples, seed, epoch)
+    return list(order[place * batch_size : (place + 1) * batch_size])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = list(range(num_examples))
     generator(seed, "order", epoch).shuffle(order)
-    return order[place * batch_size : (place + 1) * batch_size]
+    return tuple(order)
 
 
 def supervised_loop(
