@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_world(tmp_path: Path) -> None:
 
 
 def test_values_are_split_once_and_for_all() -> None:
-    for values in (grammar.CITY, grammar.COUNTRY, grammar.PRICE, grammar.SIZE):
+    for values in (grammar.CITY, grammar.COUNTRY, grammar.PRICE, grammar.TOTAL):
         assert values.evaluation
         assert not set(values.train) & set(values.evaluation)
 
