@@ -70,9 +70,7 @@ def flywheel(
     """
     options = dict(locals())
     if evaluation < GATE.min_samples:
-        raise UsageError(
-            f"--evaluation {evaluation}: the promotion gate asks for {GATE.min_samples} questions at least"
-        )
+        raise UsageError(f"--evaluation {evaluation}: the promotion gate asks for at least {GATE.min_samples} questions")
     sizes = {"training": questions, "development": 150, "evaluation": evaluation, "traffic": traffic}
     with open_workbench("flywheel", options, runs=runs, resume=resume) as bench:
         world = build_world(bench.run.path / "shop", seed, **sizes)
