@@ -42,11 +42,11 @@ GATE = Gate(min_samples=200, require_contamination_check=True)
 def flywheel(
     *,
     seed: int = 0,
-    pretrain_steps: int = 1100,
+    pretrain_steps: int = 1200,
     pairs: int = 400,
-    sft_epochs: float = 8.0,
+    sft_epochs: float = 6.0,
     questions: int = 3000,
-    grpo_steps: int = 160,
+    grpo_steps: int = 170,
     evaluation: int = 600,
     traffic: int = 400,
     project: str = PROJECT,
@@ -70,7 +70,7 @@ def flywheel(
     """
     options = dict(locals())
     if evaluation < GATE.min_samples:
-        raise UsageError(f"--evaluation {evaluation}: the promotion gate asks for at least {GATE.min_samples} questions")
+        raise UsageError(f"--evaluation {evaluation}: the gate asks for {GATE.min_samples} questions at least")
     sizes = {"training": questions, "development": 150, "evaluation": evaluation, "traffic": traffic}
     with open_workbench("flywheel", options, runs=runs, resume=resume) as bench:
         world = build_world(bench.run.path / "shop", seed, **sizes)
@@ -195,6 +195,7 @@ async def grpo_stage(
         max_tokens=MAX_QUERY_TOKENS,
         lr=2e-4,
         warmup=10,
+        temperature=1.25,
         scale_rewards=True,
         evaluate_every=20,
         checkpoint_every=40,
@@ -284,7 +285,8 @@ async def serve_and_listen(
     path = bench.run.path / "feedback.jsonl"
     with FeedbackStore(bench.run.path / "feedback.db") as store, policy.engine(slots=32) as engine:
         served = ServedModel(name=project, engine=engine, renderer=policy.renderer, card_id=card.id)
-        with Server(create_app({project: served}, store=store, api_keys=[key])) as server:
+        app = create_app({project: served}, store=store, api_keys=[key], feedback_scope="all")  # earlier keys' answers too
+        with Server(app) as server:
             visits = await ask_and_judge(
                 server.url, key, project, world.traffic, world.grader, store, correction_share=0.7, seed=seed
             )
