@@ -54,7 +54,7 @@ def _glossary_entry(draw: random.Random) -> str:
         return _card(phrase, f"{from_clause(table, joined)} {where}")
     column, word = draw.choice(tuple(MEASURED[table].items()))
     if kind == "ranking":
-        end, order = draw.choice(tuple(ENDS.items()))
+        order, end = draw.choice(tuple(ENDS.items()))
         size = draw.choice(every_value(SIZE))
         expression = draw.choice((f"the {size} {noun} with the {end} {word}", f"{TOPS[order]} {size} {noun} by {word}"))
         return _card(expression, f"ORDER BY {table}.{column} {order} LIMIT {size}")

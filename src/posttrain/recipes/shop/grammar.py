@@ -181,5 +181,5 @@ AGGREGATES: dict[str, tuple[str, ...]] = {
     "SUM": ("total", "combined"),
 }
 
-ENDS: dict[str, str] = {"highest": "DESC", "largest": "DESC", "lowest": "ASC", "smallest": "ASC"}
+ENDS: dict[str, str] = {"DESC": "highest", "ASC": "lowest"}
 TOPS: dict[str, str] = {"DESC": "top", "ASC": "bottom"}

@@ -116,8 +116,7 @@ def _measures(column: str, word: str) -> Iterator[_Ask]:
 
 def _ranks(shown: str, plural: str, column: str, word: str) -> Iterator[_Ask]:
     for order, direction in TOPS.items():
-        ends = [end for end, way in ENDS.items() if way == order]
-        templates = [f"list the {plural} of the {{k}} {{np}} with the {end} {word}" for end in ends]
+        templates = [f"list the {plural} of the {{k}} {{np}} with the {ENDS[order]} {word}"]
         yield _Ask(
             name=f"{direction} {column}",
             templates=(*templates, f"{direction} {{k}} {{np}} by {word}"),
@@ -201,7 +200,7 @@ def from_clause(table: str, joined: Iterable[str]) -> str:
 def _draw(draw: random.Random, pool: Pool) -> tuple[str, str, str, tuple[str, ...]]:
     table = draw.choices(("customers", "products", "orders"), (1, 2, 2))[0]
     ask = draw.choice(_ASKS[table])
-    num = draw.choices((0, 1, 2), (1, 4, 4))[0]
+    num = draw.choices((0, 1, 2), (2, 5, 2))[0]
     phrase, conditions, where, joined = draw_phrase(draw, table, num, pool, without=f"{ask.group}=")
     joined = ((ask.needs,) if ask.needs else ()) + joined
     size = draw.choice(pool(SIZE))
