@@ -281,12 +281,11 @@ async def serve_and_listen(
     card = bench.registry.champion(project)
     assert card is not None, "the first model was promoted before"
     policy = load_policy(card.path)
-    key = secrets.token_urlsafe(24)
+    key = secrets.token_urlsafe(24)  # another one after a resume: hence the scope of feedback below
     path = bench.run.path / "feedback.jsonl"
     with FeedbackStore(bench.run.path / "feedback.db") as store, policy.engine(slots=32) as engine:
         served = ServedModel(name=project, engine=engine, renderer=policy.renderer, card_id=card.id)
-        app = create_app({project: served}, store=store, api_keys=[key], feedback_scope="all")  # earlier keys' answers too
-        with Server(app) as server:
+        with Server(create_app({project: served}, store=store, api_keys=[key], feedback_scope="all")) as server:
             visits = await ask_and_judge(
                 server.url, key, project, world.traffic, world.grader, store, correction_share=0.7, seed=seed
             )
