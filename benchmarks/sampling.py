@@ -87,6 +87,17 @@ def engine_runner(folder: Path, dtype: str, prompts: list[list[int]], new: int, 
     return run
 
 
+def peak_flops(dtype: str) -> float:
+    """Multiplications and additions per second of a large matrix product: what the machine can do at best."""
+    left, right = (torch.randn(2048, 2048).to(DTYPES[dtype]) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
+
+
 def measure(runners: dict[str, Callable[[], None]], num_tokens: int, rounds: int) -> dict[str, list[float]]:
     """Tokens per second, round by round, the runners taking turns."""
     for run in runners.values():
@@ -127,8 +138,8 @@ def main() -> None:
     model = models.Decoder.random(config, 0)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, {args.vocab} ids, {args.new} new tokens, {torch.get_num_threads()} threads")
-    print(f"medians of {args.rounds} rounds, tokens per second")
-    print(f"{'batch':>5} {'dtype':>5} {'engine':>10} {'transformers':>13} {'ratio':>6}")
+    print(f"medians of {args.rounds} rounds, tokens per second; of peak: 2 × parameters × rate over a large product's")
+    print(f"{'batch':>5} {'dtype':>5} {'engine':>10} {'of peak':>8} {'transformers':>13} {'ratio':>6}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models.save(model, folder)
@@ -140,7 +151,8 @@ def main() -> None:
                     runners["transformers"] = transformers_runner(folder, dtype, prompts, args.new)
                 rates = measure(runners, batch * args.new, args.rounds)
                 ours, theirs = rates["engine"], rates.get("transformers", [])
-                line = f"{batch:>5} {dtype:>5} {statistics.median(ours):>10,.0f}"
+                used = 2 * size * statistics.median(ours) / peak_flops(dtype)
+                line = f"{batch:>5} {dtype:>5} {statistics.median(ours):>10,.0f} {used:>8.1%}"
                 if theirs:
                     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
                     line += f" {statistics.median(theirs):>13,.0f} {ratio:>6.2f}"

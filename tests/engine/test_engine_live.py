@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -344,3 +346,21 @@ def test_a_result_that_does_not_come_in_time_says_so(make_model: Any, make_engin
         handle.result(0.05)
     slow.go(10)
     assert len(handle.result(20)) == 1
+
+
+def test_a_program_that_forgets_to_close_its_engine_ends_in_good_order(tmp_path: Any) -> None:
+    script = tmp_path / "forgetful.py"
+    script.write_text(
+        "from posttrain import models, engine\n"
+        "from posttrain.core import SampleRequest, Sampling\n"
+        "class Tokenizer:\n"
+        "    vocab_size, eos_ids = 50, frozenset()\n"
+        "    def decode(self, tokens, *, skip_special_tokens=True): return ''\n"
+        "shape = dict(vocab_size=50, width=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32)\n"
+        "model = models.Decoder.random(models.DecoderConfig(**shape, max_positions=256))\n"
+        "local = engine.LocalEngine(model, Tokenizer())\n"
+        "local.submit(SampleRequest(prompt=(1,), sampling=Sampling(max_tokens=255, n=5000)))\n"
+        "print('main is over')\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "main is over\n", "")

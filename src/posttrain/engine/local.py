@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import copy
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,6 +33,16 @@ from posttrain.models import Decoder
 # The thread ends after this long without work and is started again by the next request, so that an engine that was
 # never closed does not keep the process or its memory.
 _IDLE_S = 2.0
+
+
+# Closed before the interpreter goes: a thread in the midst of a step would be killed under PyTorch's feet.
+_open: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_open):
+        engine.close()
 
 
 class EngineStats(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,6 +131,7 @@ class LocalEngine:
         self._closed = False
         self._num_requests = 0
         self._gathering: dict[asyncio.AbstractEventLoop, list[Generation]] = {}
+        _open.add(self)
 
     # Sampling
 
