@@ -34,6 +34,8 @@ from posttrain.recipes.shop.grammar import (
 )
 
 HELD_OUT_SHARE = 5  # one combination in five
+FILTERS = (2, 5, 2)  # how often a question has no, one or two conditions
+FILTERS_IN_TRAINING = (1, 3, 5)  # training questions are the harder ones
 
 Pool = Callable[[Values], Sequence[str | int]]
 
@@ -197,10 +199,10 @@ def from_clause(table: str, joined: Iterable[str]) -> str:
     return " ".join([f"FROM {table}", *(JOINS[(table, other)] for other in dict.fromkeys(joined))])
 
 
-def _draw(draw: random.Random, pool: Pool) -> tuple[str, str, str, tuple[str, ...]]:
+def _draw(draw: random.Random, pool: Pool, filters: tuple[int, ...]) -> tuple[str, str, str, tuple[str, ...]]:
     table = draw.choices(("customers", "products", "orders"), (1, 2, 2))[0]
     ask = draw.choice(_ASKS[table])
-    num = draw.choices((0, 1, 2), (2, 5, 2))[0]
+    num = draw.choices((0, 1, 2), filters)[0]
     phrase, conditions, where, joined = draw_phrase(draw, table, num, pool, without=f"{ask.group}=")
     joined = ((ask.needs,) if ask.needs else ()) + joined
     size = draw.choice(pool(SIZE))
@@ -237,6 +239,7 @@ def make_questions(
         Split.CORPUS: every_value,
         Split.TRAFFIC: every_value,
     }
+    filters = FILTERS_IN_TRAINING if split is Split.TRAIN else FILTERS
     connections = [sqlite3.connect(f"file:{path}?mode=ro", uri=True) for path in databases]
     questions: list[Question] = []
     seen = set(exclude)
@@ -244,7 +247,7 @@ def make_questions(
         for _ in range(60 * num + 1000):
             if len(questions) == num:
                 return questions
-            text, sql, combination, tags = _draw(draw, pools[split])
+            text, sql, combination, tags = _draw(draw, pools[split], filters)
             held_out = _held_out(combination)
             wrong_side = split is not Split.TRAFFIC and held_out != (split is Split.EVALUATION)
             if wrong_side or text in seen or not _tells(connections, sql):
