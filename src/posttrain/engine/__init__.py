@@ -8,9 +8,10 @@ logprobs and the version of the weights that wrote them. `LocalEngine` samples h
 from posttrain.engine.chat import EngineChat, HasTokens, NamesStopTokens, RemoteChat, RendersMessages
 from posttrain.engine.generation import Generation, StreamEvent
 from posttrain.engine.http import RemoteFailure
-from posttrain.engine.local import EngineStats, LocalEngine
+from posttrain.engine.local import LocalEngine
 from posttrain.engine.remote import RemoteEngine
 from posttrain.engine.scripted import ScriptedEngine
+from posttrain.engine.stats import EngineStats
 
 __all__ = [
     "EngineChat",

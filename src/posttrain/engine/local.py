@@ -19,7 +19,6 @@ from torch import Tensor
 from posttrain.core import (
     Completion,
     EngineError,
-    Record,
     SampleRequest,
     Sampling,
     StopReason,
@@ -27,6 +26,7 @@ from posttrain.core import (
     derive_seed,
 )
 from posttrain.engine.generation import Generation, StreamEvent
+from posttrain.engine.stats import EngineStats
 from posttrain.engine.stepper import Stepper
 from posttrain.models import Decoder
 
@@ -43,22 +43,6 @@ _open: weakref.WeakSet[LocalEngine] = weakref.WeakSet()
 def _close_all() -> None:
     for engine in list(_open):
         engine.close()
-
-
-class EngineStats(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the engine is doing and has done."""
-
-    num_running: int  # rows that decode
-    num_waiting: int  # requests with siblings that have not started
-    num_slots: int
-    prompt_tokens_total: int  # prompt tokens of requests taken on, once per request
-    prefill_tokens_total: int  # prompt tokens run through the model; siblings and kept prefixes save the rest
-    generation_tokens_total: int
-    kv_usage: float  # part of the slot cache that holds tokens, 0 … 1
-    prefix_hits: int
-    prefix_hit_tokens: int
-    num_steps: int
-    weight_version: int
 
 
 class LocalEngine:
