@@ -85,9 +85,8 @@ def _session(leader: int) -> list[str]:
 
 
 def main_run(runs: Path) -> Path | None:
-    """The flywheel's own run folder."""
-    return next((path.parent for path in runs.glob("*-flywheel-*/run.json") if "-flywheel-" in path.parent.name
-                 and not path.parent.name.endswith(STAGES)), None)  # fmt: skip
+    """The flywheel's own run folder; those of its stages have longer names."""
+    return next((path.parent for path in runs.glob("*-flywheel-????/run.json")), None)
 
 
 def in_grpo(runs: Path) -> bool:
