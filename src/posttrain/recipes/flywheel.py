@@ -49,7 +49,7 @@ def flywheel(
     grpo_steps: int = 220,
     evaluation: int = 600,
     traffic: int = 400,
-    project: str = PROJECT,
+    project: str | None = None,
     runs: Path = RUNS,
     resume: Path | None = None,
 ) -> Path:
@@ -64,7 +64,7 @@ def flywheel(
         grpo_steps: steps of 32 questions × 8 answers.
         evaluation: held-out questions.
         traffic: questions that users ask the served model.
-        project: whose champion is promoted and served.
+        project: whose champion is promoted and served; without it every run has a project of its own.
         runs: folder of runs.
         resume: run folder to go on with.
     """
@@ -79,7 +79,7 @@ def flywheel(
 
 
 async def _turn(bench: Workbench, world: World, options: dict[str, Any]) -> None:
-    seed, project = options["seed"], options["project"]
+    seed, project = options["seed"], options["project"] or bench.run.id
     evaluated = [task_of(question) for question in world.evaluation]
     texts = clean(bench, "documents", documents_of(world, seed), evaluated)
     training = clean(bench, "training questions", [task_of(question) for question in world.training], evaluated)
@@ -103,8 +103,7 @@ async def _turn(bench: Workbench, world: World, options: dict[str, Any]) -> None
 
     stages = [base, sft, grpo, second]
     print_stages(stages)
-    page = write_report(bench, project, stages)
-    bench.say(f"report: {page}")
+    bench.say(f"report: {write_report(bench, project, stages)}")
     bench.say(f"serve the champion: posttrain serve --project {project} --runs {bench.run.path.parent}")
 
 
