@@ -43,10 +43,10 @@ def flywheel(
     *,
     seed: int = 0,
     pretrain_steps: int = 1200,
-    pairs: int = 400,
+    pairs: int = 500,
     sft_epochs: float = 7.0,
     questions: int = 3000,
-    grpo_steps: int = 220,
+    grpo_steps: int = 200,
     evaluation: int = 600,
     traffic: int = 400,
     project: str | None = None,
@@ -61,7 +61,7 @@ def flywheel(
         pairs: question–query pairs for SFT; deliberately few.
         sft_epochs: how often SFT sees each pair.
         questions: training questions without queries, for GRPO.
-        grpo_steps: steps of 32 questions × 8 answers.
+        grpo_steps: steps of 24 questions × 8 answers.
         evaluation: held-out questions.
         traffic: questions that users ask the served model.
         project: whose champion is promoted and served; without it every run has a project of its own.
@@ -189,7 +189,7 @@ async def grpo_stage(
     dataset = add_dataset(bench, world, "questions", tasks)
     config = Grpo(
         steps=steps,
-        prompts_per_step=32,
+        prompts_per_step=24,
         group_size=8,
         max_tokens=MAX_QUERY_TOKENS,
         lr=3e-4,

@@ -15,10 +15,17 @@ from pathlib import Path
 from posttrain.core import generator
 from posttrain.recipes.shop.database import SCHEMA
 from posttrain.recipes.shop.grammar import AGGREGATES, ENDS, GROUPED, MEASURED, NOUNS, SIZE, TOPS
-from posttrain.recipes.shop.language import Question, draw_phrase, every_value, from_clause
+from posttrain.recipes.shop.language import (
+    Question,
+    combination_name,
+    draw_phrase,
+    every_value,
+    from_clause,
+    is_held_out,
+)
 
 # What a glossary entry is about, and how often.
-KINDS = {"conditions": 14, "ranking": 3, "measure": 2, "grouping": 1}
+KINDS = {"conditions": 12, "ranking": 5, "measure": 2, "grouping": 1}
 
 
 def pretraining_texts(
@@ -56,13 +63,23 @@ def _glossary_entry(draw: random.Random) -> str:
     if kind == "ranking":
         order, end = draw.choice(tuple(ENDS.items()))
         size = draw.choice(every_value(SIZE))
-        expression = draw.choice((f"the {size} {noun} with the {end} {word}", f"{TOPS[order]} {size} {noun} by {word}"))
-        return _card(expression, f"ORDER BY {table}.{column} {order} LIMIT {size}")
+        phrase, where = _ranked(draw, table, f"{TOPS[order]} {table}.{column}")
+        return _card(
+            f"the {size} {phrase} with the {end} {word}", f"{where} ORDER BY {table}.{column} {order} LIMIT {size}"
+        )
     if kind == "measure":
         aggregate, adjectives = draw.choice(tuple(AGGREGATES.items()))
         return _card(f"{draw.choice(adjectives)} {word} of {noun}", f"{aggregate}({table}.{column})")
     group, word = draw.choice(tuple(GROUPED[table].items()))
     return _card(f"{noun} {draw.choice(('per', 'by'))} {word}", f"GROUP BY {group}")
+
+
+def _ranked(draw: random.Random, table: str, ask: str) -> tuple[str, str]:
+    """What is ranked, with at most one condition, never one that makes a held-out combination with the ranking."""
+    while True:
+        phrase, conditions, where, joined = draw_phrase(draw, table, draw.choice((0, 1)), every_value)
+        if not is_held_out(combination_name(table, ask, conditions)):
+            return phrase, f"{from_clause(table, joined)} {where}".strip()
 
 
 def _card(expression: str, sql: str) -> str:

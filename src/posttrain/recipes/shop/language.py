@@ -153,11 +153,12 @@ def _groups(table: str, group: str, word: str) -> Iterator[_Ask]:
         )
 
 
-def _combination(table: str, ask: _Ask, conditions: Sequence[Condition]) -> str:
-    return f"{table}|{ask.name}|{' '.join(sorted(condition.key for condition in conditions))}"
+def combination_name(table: str, ask: str, conditions: Sequence[Condition]) -> str:
+    """The name of a combination of clauses: table, what is asked, columns that are filtered."""
+    return f"{table}|{ask}|{' '.join(sorted(condition.key for condition in conditions))}"
 
 
-def _held_out(combination: str) -> bool:
+def is_held_out(combination: str) -> bool:
     """One combination with a filter in five; those without a filter are the language's own words and stay in."""
     if combination.endswith("|"):
         return False
@@ -209,7 +210,7 @@ def _draw(draw: random.Random, pool: Pool, filters: tuple[int, ...]) -> tuple[st
     text = draw.choice(ask.templates).format(np=phrase, k=size)
     parts = [f"SELECT {ask.select}", from_clause(table, joined), where, ask.tail.format(k=size)]
     tags = (table, ask.name.split()[0].lower(), f"{len(conditions)} filters", "join" if joined else "no join")
-    return text, " ".join(part for part in parts if part), _combination(table, ask, conditions), tags
+    return text, " ".join(part for part in parts if part), combination_name(table, ask.name, conditions), tags
 
 
 _ASKS = {table: _asks(table) for table in NOUNS}
@@ -248,7 +249,7 @@ def make_questions(
             if len(questions) == num:
                 return questions
             text, sql, combination, tags = _draw(draw, pools[split], filters)
-            held_out = _held_out(combination)
+            held_out = is_held_out(combination)
             wrong_side = split is not Split.TRAFFIC and held_out != (split is Split.EVALUATION)
             if wrong_side or text in seen or not _tells(connections, sql):
                 continue
