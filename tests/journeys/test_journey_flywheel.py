@@ -24,7 +24,6 @@ import pytest
 from posttrain import data
 from posttrain.core import EvalReport, FeedbackKind, Message
 from posttrain.feedback import FeedbackStore
-from posttrain.recipes.flywheel import PROJECT
 from posttrain.recipes.shop.world import SUITE
 from posttrain.registry import Registry, RunFolder
 
@@ -206,7 +205,7 @@ def test_feedback_is_exported_as_data_sets(flywheels: tuple[Path, Path, str]) ->
 def test_each_candidate_has_a_decision_and_evidence(flywheels: tuple[Path, Path, str]) -> None:
     for run in flywheels[:2]:
         with Registry(run.parent / "registry.db") as registry:
-            history = registry.history(PROJECT)
+            history = registry.history(run.name)
             decided = {decision.card.id for decision in history}
             models = {}
             for artifact in registry.artifacts("model"):
@@ -219,7 +218,7 @@ def test_each_candidate_has_a_decision_and_evidence(flywheels: tuple[Path, Path,
                 _check_report(report)
             assert history[0].action == "promoted"
             assert history[0].previous is None
-            champion = registry.champion(PROJECT)
+            champion = registry.champion(run.name)
             assert champion is not None
             promoted = [decision.card.id for decision in history if decision.action == "promoted"]
             assert champion.id == promoted[-1]
