@@ -64,6 +64,7 @@ class LocalEngine:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
+        inline: bool = False,
     ) -> None:
         """Take a model and lay out the cache.
 
@@ -79,6 +80,8 @@ class LocalEngine:
                 module's own parameters, so that a change of them is seen at once.
             device: where the copy lives; None: where the model is. Another device than the model's implies a copy.
             seed: from which requests without a seed of their own draw theirs.
+            inline: compute in the thread that asks, which waits, and its event loop with it; for training loops. A
+                second thread that computes has an OpenMP pool of its own, and two pools on few cores slow each other.
 
         Raises:
             EngineError: a size is out of range.
@@ -112,6 +115,7 @@ class LocalEngine:
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
+        self._inline = inline
         self._closed = False
         self._num_requests = 0
         self._gathering: dict[asyncio.AbstractEventLoop, list[Generation]] = {}
@@ -254,7 +258,7 @@ class LocalEngine:
             self._closed = True
             thread = self._thread
             self._changed.notify_all()
-        if thread is not None:
+        if thread is not None and not self._inline:
             thread.join()
         while self._inbox:
             self._inbox.popleft()()
@@ -325,10 +329,18 @@ class LocalEngine:
             if self._closed:
                 raise EngineError("the engine is closed")
             self._inbox.append(command)
-            if self._thread is None:
+            drive = self._inline and self._thread is None
+            if drive:
+                self._thread = threading.current_thread()
+            elif self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="posttrain-engine", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+        if drive:
+            try:
+                self._run()
+            finally:
+                self._thread = None
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -347,7 +359,7 @@ class LocalEngine:
     def _next_commands(self) -> bool:
         """Run what is in the inbox, after waiting for work if there is none. False: the thread shall end."""
         with self._changed:
-            if not self._inbox and not self._stepper.busy and not self._closed:
+            if not self._inbox and not self._stepper.busy and not self._closed and not self._inline:
                 self._changed.wait(_IDLE_S)
             if self._closed or (not self._inbox and not self._stepper.busy):
                 self._thread = None

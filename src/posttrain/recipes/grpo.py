@@ -102,7 +102,7 @@ async def grpo_loop(
     every = [*tasks, *(held_out.tasks if held_out else ())]
     length = policy.length_for(every, config.max_tokens)
     slots = min(config.slots, config.prompts_per_step * config.group_size)
-    engine = policy.engine(slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed)
+    engine = policy.engine(slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed, inline=True)
     with engine, bench.progress("grpo", config.steps, start=trainer.num_steps) as progress:
         for step in range(trainer.num_steps, config.steps):
             engine.update_weights(policy.model, version=step)

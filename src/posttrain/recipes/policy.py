@@ -24,7 +24,13 @@ class Policy:
     path: Path
 
     def engine(
-        self, *, slots: int = 64, length: int | None = None, dtype: str = "float32", seed: int = 0
+        self,
+        *,
+        slots: int = 64,
+        length: int | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+        inline: bool = False,
     ) -> LocalEngine:
         """A sampler of this policy. In float32 it shares the weights; in another dtype it samples from a copy.
 
@@ -33,9 +39,12 @@ class Policy:
             length: tokens of prompt and answer together, at most; None: what the model is made for, at most 2,048.
             dtype: "float32", "bfloat16" or "float16".
             seed: for requests without one of their own.
+            inline: sample in the thread that asks; for training loops.
         """
         kind = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-        return LocalEngine(self.model, self.tokenizer, max_batch=slots, max_length=length, dtype=kind, seed=seed)
+        return LocalEngine(
+            self.model, self.tokenizer, max_batch=slots, max_length=length, dtype=kind, seed=seed, inline=inline
+        )
 
     def length_for(self, tasks: Iterable[Task], max_tokens: int) -> int:
         """Tokens that the longest prompt and its answer need, as far as the model has positions for them."""
