@@ -42,7 +42,7 @@ fast-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m "not slow" -q
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/sampling.py
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/build_reference.py
