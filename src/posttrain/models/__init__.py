@@ -8,6 +8,7 @@ from posttrain.models.attend import Attend, CausalAttend, causal_attention, pack
 from posttrain.models.config import DecoderConfig, RopeScaling
 from posttrain.models.decoder import Decoder, flops_per_token, num_parameters
 from posttrain.models.folder import load, save, to_hf_tensors
+from posttrain.models.heads import ScoredDecoder
 from posttrain.models.hub import resolve
 from posttrain.models.token_stats import TokenStats, token_stats
 from posttrain.models.weights import weight_table
@@ -18,6 +19,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "RopeScaling",
+    "ScoredDecoder",
     "TokenStats",
     "causal_attention",
     "flops_per_token",

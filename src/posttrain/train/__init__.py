@@ -8,6 +8,7 @@ objectives, registry, torch. Knows no algorithm: credit is assigned before it, t
 from posttrain.train.batch import Batch, Denominators
 from posttrain.train.checkpoint import Resumed, list_checkpoints, load_latest, read_state, save_checkpoint, verify
 from posttrain.train.config import TrainConfig
+from posttrain.train.forward import Forward, Pass, Scores, hidden_states, score_forward, token_forward, value_forward
 from posttrain.train.ledger import Ledger
 from posttrain.train.losses import Normalise, Objective, column, nll_objective, normalisation, policy_objective
 from posttrain.train.packing import pack
@@ -18,14 +19,18 @@ __all__ = [
     "TIMING_METRICS",
     "Batch",
     "Denominators",
+    "Forward",
     "Ledger",
     "Normalise",
     "Objective",
+    "Pass",
     "Resumed",
+    "Scores",
     "TrainConfig",
     "Trainer",
     "TrainerState",
     "column",
+    "hidden_states",
     "list_checkpoints",
     "load_latest",
     "nll_objective",
@@ -34,5 +39,8 @@ __all__ = [
     "policy_objective",
     "read_state",
     "save_checkpoint",
+    "score_forward",
+    "token_forward",
+    "value_forward",
     "verify",
 ]

@@ -6,7 +6,7 @@ P target positions of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,8 +16,8 @@ from posttrain.models import TokenStats
 from posttrain.objectives import KlEstimator, Metric
 from posttrain.train.batch import Batch
 
-Objective = Callable[[TokenStats, Batch], tuple[Tensor, dict[str, Metric]]]
-"""From a micro-batch to (loss, metrics).
+Objective = Callable[[Any, Batch], tuple[Tensor, dict[str, Metric]]]
+"""From a forward pass (`TokenStats`, or what the trainer's own `Forward` gives) and a micro-batch to (loss, metrics).
 
 The loss is this micro-batch's share of the step's: a sum over its tokens (sequences, pairs), divided by a count from
 `batch.denominators`, which speaks of the whole step. The trainer adds the shares. Metrics are `objectives.Metric`s,

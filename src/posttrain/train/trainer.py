@@ -17,10 +17,11 @@ from torch import Tensor
 
 from posttrain import objectives
 from posttrain.core import Example, TrainError, derive_seed
-from posttrain.models import CausalAttend, Decoder, TokenStats, packed_positions, token_stats
+from posttrain.models import Decoder, ScoredDecoder
 from posttrain.objectives import Metric
 from posttrain.train.batch import Batch, Denominators, build_batch, group_tokens
 from posttrain.train.config import TrainConfig
+from posttrain.train.forward import Forward, Pass, token_forward
 from posttrain.train.losses import Objective, nll_objective
 from posttrain.train.optimiser import AdamW, trainable
 from posttrain.train.packing import pack
@@ -55,10 +56,11 @@ class Trainer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | ScoredDecoder,
         config: TrainConfig,
         objective: Objective,
         *,
+        forward: Forward = token_forward,
         device: torch.device | str | None = None,
     ) -> None:
         """Take a model over.
@@ -67,6 +69,7 @@ class Trainer:
             model: trained in place; parameters with requires_grad False stay as they are.
             config: how to step.
             objective: from a micro-batch to its share of the loss.
+            forward: from the model to what the objective takes; the default gives the targets' logprobs.
             device: where to move the model; None leaves it where it is.
 
         Raises:
@@ -80,6 +83,7 @@ class Trainer:
         self.model = model
         self.config = config
         self.objective = objective
+        self.forward = forward
         self.num_steps = 0
         self.num_tokens = 0  # trained on since the beginning, prompts included
         self._weights = trainable(model)
@@ -140,6 +144,8 @@ class Trainer:
     def logprobs(self, examples: Sequence[Example]) -> list[list[tuple[float, ...]]]:
         """Log-probability of every target under the weights as they are: for `old_logprobs` and `ref_logprobs`.
 
+        With another forward pass, what that gives for every target: values, scores.
+
         The forward pass is that of `step`: the same packing, precision and temperature, so that on the first step
         after it every ratio is exactly 1 if the same examples are given.
 
@@ -153,7 +159,7 @@ class Trainer:
         for batch, members in self._plan([rows[index] for index in live]):
             with self._same_kernels_without_graph():
                 stats = self._stats(batch, self.config.temperature, entropy=False)
-            values_P = stats.logprobs_N.double().cpu().numpy()
+            values_P = stats[0].double().cpu().numpy()
             at = 0
             for member in members:
                 index = live[member]
@@ -250,16 +256,10 @@ class Trainer:
         self._optimiser.zero_grad()
         return lr
 
-    def _stats(self, batch: Batch, temperature: float, entropy: bool) -> TokenStats:
+    def _stats(self, batch: Batch, temperature: float, entropy: bool) -> Any:
         tokens_N, lengths = _padded(batch.tokens_N, batch.lengths, self.model.config.max_positions)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            hidden_1ND = self.model.hidden(
-                tokens_N[None],
-                positions_BT=packed_positions(lengths, self.device),
-                attend=CausalAttend(lengths),
-            )
-            before_PD = hidden_1ND[0].index_select(0, batch.target_P - 1)
-            return token_stats(self.model, before_PD, batch.targets_P, temperature=temperature, entropy=entropy)
+            return self.forward(self.model, batch, Pass(tokens_N, lengths, temperature, entropy))
 
     @contextmanager
     def _derived_randomness(self, micro_batch: int) -> Iterator[None]:
