@@ -9,6 +9,7 @@ from posttrain.models.config import DecoderConfig, RopeScaling
 from posttrain.models.decoder import Decoder, flops_per_token, num_parameters
 from posttrain.models.folder import load, save, to_hf_tensors
 from posttrain.models.heads import ScoredDecoder
+from posttrain.models.heads_folder import load_scored, save_scored
 from posttrain.models.hub import resolve
 from posttrain.models.token_stats import TokenStats, token_stats
 from posttrain.models.weights import weight_table
@@ -24,10 +25,12 @@ __all__ = [
     "causal_attention",
     "flops_per_token",
     "load",
+    "load_scored",
     "num_parameters",
     "packed_positions",
     "resolve",
     "save",
+    "save_scored",
     "to_hf_tensors",
     "token_stats",
     "weight_table",

@@ -1,16 +1,18 @@
-"""A scalar head on any decoder: reward models and critics.
+"""A scalar head on any decoder: reward models, process reward models and critics.
 
-Shapes: B batch, T tokens, D width.
+Shapes: B batch, T tokens, D width, S sequences, N tokens of all sequences in a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.core import derive_seed
+from posttrain.models.attend import CausalAttend, packed_positions
 from posttrain.models.config import DecoderConfig
 from posttrain.models.decoder import Decoder
 
@@ -18,7 +20,10 @@ from posttrain.models.decoder import Decoder
 class ScoredDecoder(nn.Module):
     """A decoder whose states are read by one linear unit instead of the output head.
 
-    The output head of the decoder, where it is a weight of its own, is frozen: nothing reads it.
+    The same module is a reward model (its number at a sequence's last token), a process reward model (at the last token
+    of each step) and PPO's value model (at every token), so that a trained reward model is the value model's start.
+    The output head of the decoder, where it is a weight of its own, is frozen: nothing reads it. The head itself is
+    kept and multiplied in float32.
     """
 
     def __init__(self, decoder: Decoder, *, seed: int = 0, zero: bool = False) -> None:
@@ -33,7 +38,7 @@ class ScoredDecoder(nn.Module):
         super().__init__()
         self.decoder = decoder
         width = decoder.config.width
-        self.score = nn.Linear(width, 1, bias=False, device=decoder.embed.weight.device)
+        self.score = nn.Linear(width, 1, bias=False, device=decoder.embed.weight.device, dtype=torch.float32)
         generator = torch.Generator().manual_seed(derive_seed(seed, "score"))
         start = torch.zeros(1, width) if zero else torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
         self.score.weight.data.copy_(start)
@@ -50,10 +55,21 @@ class ScoredDecoder(nn.Module):
         return self.decoder.hidden(tokens_BT, **options)
 
     def scores(self, hidden_ND: Tensor) -> Tensor:
-        """One number for each hidden state, fp32; any leading shape."""
-        scores_N: Tensor = nn.functional.linear(hidden_ND.float(), self.score.weight.float())[..., 0]
+        """One number for each hidden state, fp32 (fp64 where the weights are); any leading shape."""
+        dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
+        scores_N: Tensor = nn.functional.linear(hidden_ND.to(dtype), self.score.weight.to(dtype))[..., 0]
         return scores_N
 
     def forward(self, tokens_BT: Tensor, **options: Any) -> Tensor:
         """A number at every token, BT."""
         return self.scores(self.hidden(tokens_BT, **options))
+
+    def score_packed(self, tokens_N: Tensor, lengths: Sequence[int]) -> Tensor:
+        """A number at every token of sequences that lie end to end, N; no sequence sees another.
+
+        Args:
+            tokens_N: token ids of all sequences.
+            lengths: S of them, tokens of each sequence; they sum to N.
+        """
+        positions_1N = packed_positions(lengths, tokens_N.device)
+        return self.scores(self.hidden(tokens_N[None], positions_BT=positions_1N, attend=CausalAttend(lengths)))[0]
