@@ -11,6 +11,7 @@ from posttrain.models.folder import load, save, to_hf_tensors
 from posttrain.models.heads import ScoredDecoder
 from posttrain.models.heads_folder import load_scored, save_scored
 from posttrain.models.hub import resolve
+from posttrain.models.token_divergence import TokenDivergence, chosen_logprobs, token_divergence
 from posttrain.models.token_stats import TokenStats, token_stats
 from posttrain.models.weights import weight_table
 
@@ -21,8 +22,10 @@ __all__ = [
     "DecoderConfig",
     "RopeScaling",
     "ScoredDecoder",
+    "TokenDivergence",
     "TokenStats",
     "causal_attention",
+    "chosen_logprobs",
     "flops_per_token",
     "load",
     "load_scored",
@@ -32,6 +35,7 @@ __all__ = [
     "save",
     "save_scored",
     "to_hf_tensors",
+    "token_divergence",
     "token_stats",
     "weight_table",
 ]

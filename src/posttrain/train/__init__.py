@@ -8,6 +8,7 @@ objectives, registry, torch. Knows no algorithm: credit is assigned before it, t
 from posttrain.train.batch import Batch, Denominators
 from posttrain.train.checkpoint import Resumed, list_checkpoints, load_latest, read_state, save_checkpoint, verify
 from posttrain.train.config import TrainConfig
+from posttrain.train.distillation import TopK, distillation_objective, teacher_forward, top_k_columns, top_k_forward
 from posttrain.train.forward import Forward, Pass, Scores, hidden_states, score_forward, token_forward, value_forward
 from posttrain.train.ledger import Ledger
 from posttrain.train.losses import Normalise, Objective, column, nll_objective, normalisation, policy_objective
@@ -26,10 +27,12 @@ __all__ = [
     "Pass",
     "Resumed",
     "Scores",
+    "TopK",
     "TrainConfig",
     "Trainer",
     "TrainerState",
     "column",
+    "distillation_objective",
     "hidden_states",
     "list_checkpoints",
     "load_latest",
@@ -40,7 +43,10 @@ __all__ = [
     "read_state",
     "save_checkpoint",
     "score_forward",
+    "teacher_forward",
     "token_forward",
+    "top_k_columns",
+    "top_k_forward",
     "value_forward",
     "verify",
 ]
