@@ -71,7 +71,7 @@ from posttrain.objectives.preference_losses import (
 )
 from posttrain.objectives.preference_unpaired import apo_zero_unpaired, bco, bco_shift, kl_baseline, kto
 from posttrain.objectives.reward_model import bradley_terry, plackett_luce, ranked_pairs
-from posttrain.objectives.reward_model_ensemble import Ensemble, ensemble_reward, whiten_rewards
+from posttrain.objectives.reward_model_ensemble import Ensemble, ensemble_reward
 from posttrain.objectives.reward_model_labels import outcome_loss, process_loss
 from posttrain.objectives.segments import sequence_lengths, sequence_mean, sequence_sum, sequence_weights
 from posttrain.objectives.value import value_loss
@@ -167,6 +167,5 @@ __all__ = [
     "value_loss",
     "vespo_surrogate",
     "whiten",
-    "whiten_rewards",
     "wpo_weights",
 ]
