@@ -5,12 +5,19 @@ N tokens (target positions) that the policy wrote, end to end; S sequences.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from posttrain.objectives.divergence import MAX_LOG_RATIO, KlEstimator, kl_estimate
 from posttrain.objectives.metric import Metric, maximum, mean, minimum
-from posttrain.objectives.segments import sequence_mean
+from posttrain.objectives.segments import sequence_mean, sequence_sum
+
+RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_product"]
+"""Whose ratio a surrogate bounds. "token": each token's (PPO, GRPO). "sequence": the geometric mean over the sequence
+(GSPO). "sequence_token": that number, but each token's own gradient, so that advantages may differ within a sequence
+(GSPO-token). "sequence_product": the product over the sequence (PPO and RLOO with a whole answer as one action)."""
 
 
 def policy_surrogate(
@@ -22,6 +29,7 @@ def policy_surrogate(
     weights_N: Tensor | None = None,
     sequence_N: Tensor | None = None,
     num_sequences: int = 0,
+    level: RatioLevel | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -56,6 +64,7 @@ def policy_surrogate(
         sequence_N: sequence of each token, for sequence-level ratios; rank 1, integer. All tokens of a sequence must
             be here.
         num_sequences: S, with `sequence_N`.
+        level: whose ratio; None: "sequence" where `sequence_N` is given, else "token".
         clip_low: how far a ratio may fall below 1.
         clip_high: how far it may rise above 1.
         dual_clip: bound on the ratio of tokens with negative advantage, above 1 + clip_high (usually 3).
@@ -76,7 +85,8 @@ def policy_surrogate(
         assert values_N.shape == logprobs_N.shape, f"{name} is {values_N.shape}, logprobs_N {logprobs_N.shape}"
     assert logprobs_N.ndim == 1, f"logprobs_N has rank {logprobs_N.ndim}, not 1"
     assert denominator > 0, f"the denominator is {denominator}, not positive"
-    ratio_N = _ratio(logprobs_N, old_logprobs_N, sequence_N, num_sequences)
+    level = level or ("token" if sequence_N is None else "sequence")
+    ratio_N = policy_ratio(logprobs_N, old_logprobs_N, sequence_N, num_sequences, level)
     advantages_N = advantages_N.detach()
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     surrogate_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
@@ -93,6 +103,38 @@ def policy_surrogate(
     elif kl_coef:
         raise ValueError("a KL penalty needs ref_logprobs_N")
     return (losses_N if weights_N is None else losses_N * weights_N).sum() / denominator, metrics
+
+
+def policy_ratio(
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    sequence_N: Tensor | None = None,
+    num_sequences: int = 0,
+    level: RatioLevel = "token",
+) -> Tensor:
+    """How much likelier the policy makes what the old policy wrote: π / π_old of each token, or of its sequence.
+
+    Args:
+        logprobs_N: log-probability of each token under the policy; rank 1, differentiable.
+        old_logprobs_N: the same under the old policy; rank 1.
+        sequence_N: sequence of each token, for all levels but "token"; all tokens of a sequence must be here.
+        num_sequences: S, with `sequence_N`.
+        level: see `RatioLevel`.
+
+    Returns:
+        ratio_N, differentiable; log-ratios are clamped to ±20, and beyond have no gradient.
+
+    Source: GSPO, https://arxiv.org/abs/2507.18071, equation 7; GSPO-token, equation 14.
+    """
+    log_ratio_N = logprobs_N - old_logprobs_N.detach()
+    if level != "token":
+        if sequence_N is None:
+            raise ValueError(f"level {level!r} needs sequence_N")
+        per_sequence = sequence_sum if level == "sequence_product" else sequence_mean
+        log_ratio_N = per_sequence(log_ratio_N, sequence_N, num_sequences)[sequence_N]
+        if level == "sequence_token":
+            log_ratio_N = log_ratio_N.detach() + (logprobs_N - logprobs_N.detach())
+    return log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def importance_weights(old_logprobs_N: Tensor, sampler_logprobs_N: Tensor, *, cap: float) -> Tensor:
@@ -141,13 +183,6 @@ def sampling_metrics(
         metrics[f"{prefix}/mean"] = mean(weights_N)
         metrics[f"{prefix}/max"] = maximum(weights_N)
     return metrics
-
-
-def _ratio(logprobs_N: Tensor, old_logprobs_N: Tensor, sequence_N: Tensor | None, num_sequences: int) -> Tensor:
-    log_ratio_N = logprobs_N - old_logprobs_N.detach()
-    if sequence_N is not None:
-        log_ratio_N = sequence_mean(log_ratio_N, sequence_N, num_sequences)[sequence_N]
-    return log_ratio_N.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _ratio_metrics(ratio_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float) -> dict[str, Metric]:
