@@ -13,17 +13,35 @@ from posttrain.train.forward import Forward, Pass, Scores, hidden_states, score_
 from posttrain.train.ledger import Ledger
 from posttrain.train.losses import Normalise, Objective, column, nll_objective, normalisation, policy_objective
 from posttrain.train.packing import pack
+from posttrain.train.preference import (
+    AnswerLoss,
+    NllNormalise,
+    PairLoss,
+    PairWeights,
+    answer_ratios,
+    label_objective,
+    pairs_of,
+    preference_objective,
+    with_step_scalars,
+)
+from posttrain.train.preference_forward import CollisionStats, collision_forward
+from posttrain.train.reward_losses import outcome_objective, process_objective, reward_objective
 from posttrain.train.state import TrainerState
 from posttrain.train.trainer import TIMING_METRICS, Trainer
 
 __all__ = [
     "TIMING_METRICS",
+    "AnswerLoss",
     "Batch",
+    "CollisionStats",
     "Denominators",
     "Forward",
     "Ledger",
+    "NllNormalise",
     "Normalise",
     "Objective",
+    "PairLoss",
+    "PairWeights",
     "Pass",
     "Resumed",
     "Scores",
@@ -31,16 +49,24 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TrainerState",
+    "answer_ratios",
+    "collision_forward",
     "column",
     "distillation_objective",
     "hidden_states",
+    "label_objective",
     "list_checkpoints",
     "load_latest",
     "nll_objective",
     "normalisation",
+    "outcome_objective",
     "pack",
+    "pairs_of",
     "policy_objective",
+    "preference_objective",
+    "process_objective",
     "read_state",
+    "reward_objective",
     "save_checkpoint",
     "score_forward",
     "teacher_forward",
@@ -49,4 +75,5 @@ __all__ = [
     "top_k_forward",
     "value_forward",
     "verify",
+    "with_step_scalars",
 ]
