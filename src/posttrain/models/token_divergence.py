@@ -171,13 +171,16 @@ def _pair(hidden_ND: Tensor, weight_VD: Tensor, teacher_NE: Tensor, teacher_VE: 
 
 def _divergence(log_q_NV: Tensor, log_p_NV: Tensor, beta: float) -> Tensor:
     if beta == 0:
-        return torch.linalg.vecdot(log_p_NV.exp(), log_p_NV - log_q_NV)
+        return _kl(log_p_NV, log_q_NV)
     if beta == 1:
-        return torch.linalg.vecdot(log_q_NV.exp(), log_q_NV - log_p_NV)
+        return _kl(log_q_NV, log_p_NV)
     log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
-    of_teacher_N = torch.linalg.vecdot(log_p_NV.exp(), log_p_NV - log_m_NV)
-    of_student_N = torch.linalg.vecdot(log_q_NV.exp(), log_q_NV.sub(log_m_NV))
-    return beta * of_teacher_N + (1 - beta) * of_student_N
+    return beta * _kl(log_p_NV, log_m_NV) + (1 - beta) * _kl(log_q_NV, log_m_NV)
+
+
+def _kl(of_NV: Tensor, to_NV: Tensor) -> Tensor:
+    kl_N: Tensor = torch.linalg.vecdot(of_NV.exp(), of_NV - to_NV)
+    return kl_N
 
 
 def _pull(log_q_NV: Tensor, log_p_NV: Tensor, beta: float) -> Tensor:
