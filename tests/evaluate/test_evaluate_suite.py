@@ -100,6 +100,24 @@ def test_answers_and_seeds_do_not_depend_on_the_batch() -> None:
     assert answers[0] == answers[1]
 
 
+def test_an_interrupted_evaluation_asks_only_what_is_not_answered(tmp_path: Path) -> None:
+    suite = evaluate.Suite("sums", sum_tasks(10), FOUR, SumGrader())
+    partial = tmp_path / "answers.jsonl"
+    whole = _run(suite, SumSampler(), partial=partial)
+    lines = partial.read_bytes().splitlines(keepends=True)
+    partial.write_bytes(b"".join(lines[:18]) + lines[18][:30])  # four tasks, half of a fifth, a torn line
+    rest = SumSampler()
+    again = _run(suite, rest, partial=partial)
+    assert rest.calls == [6]
+    assert again.metrics == whole.metrics
+    assert [sample.text for sample in again.samples] == [sample.text for sample in whole.samples]
+    nobody = SumSampler()
+    assert _run(suite, nobody, partial=partial).metrics == whole.metrics
+    assert nobody.calls == []
+    with pytest.raises(EvaluateError, match="which suite 'others' does not have"):
+        _run(evaluate.Suite("others", sum_tasks(3), FOUR, SumGrader()), SumSampler(), partial=partial)
+
+
 async def _inside_a_loop(suite: evaluate.Suite) -> EvalReport:
     return _run(suite, SumSampler())
 

@@ -186,6 +186,17 @@ def test_unfinished_and_clipped_answers(store: FeedbackStore, served: Any, say: 
     assert rows(store, "preference") == []
 
 
+def test_an_answer_without_text_is_no_row(store: FeedbackStore, served: Any, say: Any) -> None:
+    served("a", text="  ")
+    say("a", "thumb", True)
+    for format in ("conversational", "standard"):
+        report = export(store, "prompt_completion", format=format)
+        assert (report.rows, report.skipped) == (0, {"empty answer": 1})
+    say("a", "correction", "whole")
+    assert rows(store, "prompt_completion") == [("whole",)]
+    assert export(store, "preference").skipped == {"empty answer": 1}
+
+
 def test_a_correction_that_changes_nothing_is_no_preference(store: FeedbackStore, served: Any, say: Any) -> None:
     served("a")
     say("a", "correction", "a.0")

@@ -269,8 +269,12 @@ class _Export:
     def _answer(self, answer: str | Interaction, counts: Counter[str]) -> Any:
         text = answer if isinstance(answer, str) else answer.text
         if self.format == "standard":
+            if not text.strip():
+                raise _Skip("empty answer")
             return self._clean(text, counts)
         parsed = None if isinstance(answer, str) else answer.metadata.get("response")
+        if not text.strip() and not (parsed or {}).get("tool_calls"):
+            raise _Skip("empty answer")
         message = Message.from_dict(parsed) if parsed else Message(role="assistant", content=text)
         return self._clean([chat_dict(message)], counts)
 

@@ -55,10 +55,10 @@ def evaluate(
         device: cpu, cuda, cuda:0 …
         seed: of the sampling.
         runs: folder of runs.
-        resume: not used: an evaluation begins anew.
+        resume: run folder to go on with; tasks that were answered and graded are not asked again.
     """
     options = dict(locals())
-    with open_workbench("evaluate", options, runs=runs) as bench:
+    with open_workbench("evaluate", options, runs=runs, resume=resume) as bench:
         policy = load_policy(model, device=device, template=template)
         loaded = rows.load(
             data, kind="prompt", columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl"
@@ -87,7 +87,9 @@ def evaluate(
                     policy.renderer.prompt,
                     model=card.id,
                     seed=seed,
+                    batch=slots,
                     on_progress=lambda done, _: progress.advance({}, by=done - progress.done),
+                    partial=bench.run.path / "answers.jsonl",
                 )
             )
         bench.registry.add_run(bench.run)

@@ -17,25 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from posttrain import data as rows
-from posttrain.core import GateRefused, Task, UsageError, assistant, recipe
+from posttrain.core import Task, UsageError, assistant, recipe
 from posttrain.data import CompletionRow
-from posttrain.evaluate import Stage, compare, run_suite
+from posttrain.evaluate import Stage, run_suite
 from posttrain.feedback import FeedbackStore, export
 from posttrain.recipes.grpo import Grpo, grpo_loop
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.pretrain import documents, new_policy
+from posttrain.recipes.promotion import GATE, is_champion, promote
 from posttrain.recipes.sft import completion_examples
 from posttrain.recipes.shop.story import print_stages, write_report
 from posttrain.recipes.shop.users import ask_and_judge, rows_of
 from posttrain.recipes.shop.world import MAX_QUERY_TOKENS, SUITE, World, build_world, documents_of, suite_of, task_of
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.workbench import RUNS, Workbench, open_stage, open_workbench
-from posttrain.registry import Gate
 from posttrain.serve import ServedModel, Server, create_app
 from posttrain.train import TrainConfig
 
 PROJECT = "shop-sql"
-GATE = Gate(min_samples=200, require_contamination_check=True)
 
 
 @recipe
@@ -235,7 +234,8 @@ async def evaluated_stage(
         policy.path, kind="model", name=f"{PROJECT}/{name}", parents=parents, run=f"{bench.run.id}-{name}"
     )
     suite = suite_of(SUITE, world.evaluation, world, policy.renderer.stop_tokens)
-    with policy.engine(slots=256, length=policy.length_for(suite.tasks, MAX_QUERY_TOKENS)) as engine:
+    length = policy.length_for(suite.tasks, MAX_QUERY_TOKENS)
+    with policy.engine(slots=256, length=length, inline=True) as engine:
         report = await run_suite(suite, engine, policy.renderer.prompt, model=model.id)
     bench.registry.add_report(report, model.id)
     seconds = time.monotonic() - begun
@@ -245,29 +245,6 @@ async def evaluated_stage(
         f"on {score.n} held-out questions; {seconds:.0f} s"
     )
     return Stage(name=name, report=report, tokens=int(num_tokens), seconds=seconds)
-
-
-def promote(bench: Workbench, project: str, candidate: Stage, others: Sequence[Stage], reason: str) -> bool:
-    """Offer a stage's model to the gate, compared with the champion on the same questions."""
-    card = bench.registry.card(candidate.report.model)
-    champion = bench.registry.champion(project)
-    found = None
-    if champion is not None and champion.id != card.id:
-        theirs = [stage.report for stage in others if stage.report.model == champion.id]
-        found = compare(candidate.report, (theirs or bench.registry.reports(champion.id, SUITE))[0])
-    try:
-        bench.registry.promote(project, card, comparison=found, gate=GATE, reason=reason)
-    except GateRefused as error:
-        bench.say(f"refused: {error}")
-        return False
-    bench.say(f"promoted: {card.name} is the champion of {project}")
-    return True
-
-
-def is_champion(bench: Workbench, project: str, stage: Stage) -> bool:
-    """True where the stage's model is what the project serves, or was when its present champion was made of it."""
-    champion = bench.registry.champion(project)
-    return champion is not None and stage.report.model in (champion.id, *champion.parents)
 
 
 async def serve_and_listen(
