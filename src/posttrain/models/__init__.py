@@ -4,13 +4,25 @@ Takes Hugging Face folders, gives a `Decoder`; takes hidden states, gives logpro
 and sampler; `Attend` is the seam where a sampler's cache or a trainer's packing goes in. May import: core, torch.
 """
 
+from posttrain.models.adapter_folder import base_of, is_adapter_folder, load_adapters, save_adapters
+from posttrain.models.adapters import (
+    PlainWeights,
+    adapter_config,
+    add_adapters,
+    has_adapters,
+    merge_adapters,
+    merged_adapters,
+)
 from posttrain.models.attend import Attend, CausalAttend, causal_attention, packed_positions
 from posttrain.models.config import DecoderConfig, RopeScaling
 from posttrain.models.decoder import Decoder, flops_per_token, num_parameters
 from posttrain.models.folder import load, save, to_hf_tensors
+from posttrain.models.frozen import freeze_layers
 from posttrain.models.heads import ScoredDecoder
 from posttrain.models.heads_folder import load_scored, save_scored
 from posttrain.models.hub import resolve
+from posttrain.models.lora import LoraConfig, adapters_off
+from posttrain.models.quantised import quantise
 from posttrain.models.token_divergence import TokenDivergence, chosen_logprobs, token_divergence
 from posttrain.models.token_stats import TokenStats, token_stats
 from posttrain.models.weights import weight_table
@@ -20,19 +32,33 @@ __all__ = [
     "CausalAttend",
     "Decoder",
     "DecoderConfig",
+    "LoraConfig",
+    "PlainWeights",
     "RopeScaling",
     "ScoredDecoder",
     "TokenDivergence",
     "TokenStats",
+    "adapter_config",
+    "adapters_off",
+    "add_adapters",
+    "base_of",
     "causal_attention",
     "chosen_logprobs",
     "flops_per_token",
+    "freeze_layers",
+    "has_adapters",
+    "is_adapter_folder",
     "load",
+    "load_adapters",
     "load_scored",
+    "merge_adapters",
+    "merged_adapters",
     "num_parameters",
     "packed_positions",
+    "quantise",
     "resolve",
     "save",
+    "save_adapters",
     "save_scored",
     "to_hf_tensors",
     "token_divergence",

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.core import ModelError
+from posttrain.models.adapters import PlainWeights
 from posttrain.models.config import DecoderConfig
 from posttrain.models.decoder import Decoder
 from posttrain.models.hub import resolve
@@ -134,8 +135,11 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def to_hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The weights under their Hugging Face names, in the embedding's type, one at a time; views where they can be."""
-    state, dtype = model.state_dict(), model.embed.weight.dtype
+    """The weights under their Hugging Face names, in the embedding's type, one at a time; views where they can be.
+
+    Adapters are merged into them.
+    """
+    state, dtype = PlainWeights(model), model.embed.weight.dtype
     for entry in weight_table(model.config):
         ours = state[entry.ours].detach()
         parts = torch.split(ours, list(entry.rows)) if entry.rows else (ours,)
