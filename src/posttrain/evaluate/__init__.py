@@ -4,10 +4,12 @@ Takes a suite (tasks, sampling, grader) and a sampler; gives reports in which ev
 comparisons, and a page to look at. May import: rollout, grade, engine, data, render, models, registry, core.
 """
 
+from posttrain.evaluate.calibration import Calibration, ReliabilityBin, calibration
 from posttrain.evaluate.compare import compare
 from posttrain.evaluate.intervals import bootstrap_mean, clustered, clustered_standard_error, paired_bootstrap, wilson
 from posttrain.evaluate.line_chart import Curve, curves_from_metrics
 from posttrain.evaluate.page import report_html, report_json
+from posttrain.evaluate.reward_report import LengthWatch, RewardReport, ScoredPair, as_eval_report, reward_report
 from posttrain.evaluate.run_report import Answer, RunReport, ShownTask, Stage, build_run_report, shown_tasks
 from posttrain.evaluate.run_suite import run_suite, run_suite_sync
 from posttrain.evaluate.scores import is_right, report_metrics
@@ -16,13 +18,20 @@ from posttrain.evaluate.suite import Suite, suite_from_file
 
 __all__ = [
     "Answer",
+    "Calibration",
     "Curve",
+    "LengthWatch",
+    "ReliabilityBin",
+    "RewardReport",
     "RunReport",
+    "ScoredPair",
     "ShownTask",
     "Stage",
     "Suite",
+    "as_eval_report",
     "bootstrap_mean",
     "build_run_report",
+    "calibration",
     "clustered",
     "clustered_standard_error",
     "compare",
@@ -35,6 +44,7 @@ __all__ = [
     "report_html",
     "report_json",
     "report_metrics",
+    "reward_report",
     "run_suite",
     "run_suite_sync",
     "shown_tasks",
