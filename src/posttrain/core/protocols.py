@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from posttrain.core.messages import Message
-from posttrain.core.records import Completion, Grade, GradeCase, SampleRequest, Sampling, Task, Trajectory
+from posttrain.core.records import Completion, Grade, GradeCase, SampleRequest, Sampling, StepResult, Task, Trajectory
 
 
 class SampleTokens(Protocol):
@@ -36,8 +36,8 @@ class Environment(Protocol):
         """The messages that open the episode."""
         ...
 
-    async def step(self, action: Message) -> tuple[Sequence[Message], bool]:
-        """Messages that answer the policy's turn, and whether the episode is over."""
+    async def step(self, action: Message) -> StepResult:
+        """What the policy's turn leads to: messages that answer it, a reward, and whether the episode is over."""
         ...
 
     async def close(self) -> None:

@@ -102,6 +102,15 @@ class Completion(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     error: str | None = None
 
 
+class StepResult(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an environment answers to one turn of the policy."""
+
+    messages: tuple[Message, ...] = ()  # what the policy reads next; may be empty where the episode is over
+    reward: float = 0.0  # for this turn; an episode's reward is the sum over its turns
+    done: bool = False  # the episode is over
+    info: dict[str, Any] = {}  # numbers in it are summed over the episode and become metrics of the trajectory
+
+
 class Trajectory(Record, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="record", tag="trajectory/1"):
     """An episode as the sampler saw it: token in, token out; text is a view."""
 
