@@ -61,10 +61,7 @@ def policy_surrogate(
         advantages_N: advantage of each token; rank 1.
         denominator: what the sum is divided by; positive.
         weights_N: weight of each token; rank 1; all 1 if None.
-        sequence_N: sequence of each token, for sequence-level ratios; rank 1, integer. All tokens of a sequence must
-            be here.
-        num_sequences: S, with `sequence_N`.
-        level: whose ratio; None: "sequence" where `sequence_N` is given, else "token".
+        sequence_N, num_sequences, level: see `policy_ratio`; None: "sequence" where `sequence_N` is given.
         clip_low: how far a ratio may fall below 1.
         clip_high: how far it may rise above 1.
         dual_clip: bound on the ratio of tokens with negative advantage, above 1 + clip_high (usually 3).

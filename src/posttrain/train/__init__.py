@@ -11,7 +11,16 @@ from posttrain.train.config import TrainConfig
 from posttrain.train.distillation import TopK, distillation_objective, teacher_forward, top_k_columns, top_k_forward
 from posttrain.train.forward import Forward, Pass, Scores, hidden_states, score_forward, token_forward, value_forward
 from posttrain.train.ledger import Ledger
-from posttrain.train.losses import Normalise, Objective, column, nll_objective, normalisation, policy_objective
+from posttrain.train.losses import (
+    Normalise,
+    Objective,
+    Surrogate,
+    column,
+    nll_objective,
+    normalisation,
+    policy_objective,
+)
+from posttrain.train.neftune import noisy_embeddings
 from posttrain.train.packing import pack
 from posttrain.train.preference import (
     AnswerLoss,
@@ -27,7 +36,9 @@ from posttrain.train.preference import (
 from posttrain.train.preference_forward import CollisionStats, collision_forward
 from posttrain.train.reward_losses import outcome_objective, process_objective, reward_objective
 from posttrain.train.state import TrainerState
+from posttrain.train.supervised_losses import SupervisedNormalise, supervised_objective
 from posttrain.train.trainer import TIMING_METRICS, Trainer
+from posttrain.train.value_losses import value_objective
 
 __all__ = [
     "TIMING_METRICS",
@@ -45,6 +56,8 @@ __all__ = [
     "Pass",
     "Resumed",
     "Scores",
+    "SupervisedNormalise",
+    "Surrogate",
     "TopK",
     "TrainConfig",
     "Trainer",
@@ -58,6 +71,7 @@ __all__ = [
     "list_checkpoints",
     "load_latest",
     "nll_objective",
+    "noisy_embeddings",
     "normalisation",
     "outcome_objective",
     "pack",
@@ -69,11 +83,13 @@ __all__ = [
     "reward_objective",
     "save_checkpoint",
     "score_forward",
+    "supervised_objective",
     "teacher_forward",
     "token_forward",
     "top_k_columns",
     "top_k_forward",
     "value_forward",
+    "value_objective",
     "verify",
     "with_step_scalars",
 ]
