@@ -16,12 +16,14 @@ from posttrain.render import Renderer, Tokenizer
 
 @dataclass(frozen=True)
 class Policy:
-    """What is trained, sampled and served."""
+    """What is trained, sampled and served. A model with adapters is sampled with them, and saved with them merged."""
 
     model: models.Decoder
     tokenizer: Tokenizer
     renderer: Renderer
     path: Path
+    base: Path | None = None  # the folder whose weights the adapters are on, or would be; None: there is none
+    fresh_adapters: bool = False  # without them the model is what was loaded
 
     def engine(
         self,
@@ -52,32 +54,49 @@ class Policy:
         return min(longest + max_tokens, self.model.config.max_positions)
 
     def save(self, folder: Path) -> Path:
-        """Write a Hugging Face folder that `transformers` loads."""
+        """Write a Hugging Face folder that `transformers` loads; adapters are merged into it."""
         models.save(self.model, folder, tokenizer=self.tokenizer)
         return folder
 
 
 def load_policy(
-    name_or_path: str, *, device: str = "cpu", dtype: str = "float32", template: Path | None = None
+    name_or_path: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    template: Path | None = None,
+    adapter: Path | None = None,
 ) -> Policy:
     """Load a policy from a local folder or a Hugging Face name.
 
     Args:
-        name_or_path: folder with config.json, safetensors and tokenizer.json, or "owner/name" (needs a network).
+        name_or_path: folder with config.json, safetensors and tokenizer.json, or "owner/name" (needs a network); or a
+            folder of adapters in PEFT's format, which names its base.
         device: "cpu", "cuda", "cuda:0" …
         dtype: of the weights; the optimiser's master weights are float32 in any case.
         template: a chat template file that replaces the folder's own.
+        adapter: a folder of adapters to put on the model, whatever base it names.
 
     Raises:
-        ModelError: the folder lacks something, or the tokenizer knows more ids than the model has rows.
+        ModelError: the folder lacks something, the adapters do not fit, or the tokenizer knows more ids than the model
+            has rows.
     """
     folder = models.resolve(name_or_path)
-    model = models.load(folder, dtype=dtype, device=device)
-    tokenizer = Tokenizer.from_folder(folder)
+    base = folder
+    if models.is_adapter_folder(folder):
+        if adapter is not None:
+            raise ModelError(f"{folder}: holds adapters, and another adapter is given: {adapter}. Give the base model")
+        adapter = folder
+        base = models.resolve(models.base_of(folder))
+    model = models.load(base, dtype=dtype, device=device)
+    if adapter is not None:
+        models.load_adapters(model, adapter)
+    source = adapter if adapter is not None and (adapter / "tokenizer.json").exists() else base
+    tokenizer = Tokenizer.from_folder(source)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ModelError(
-            f"{folder}: the tokenizer gives ids up to {tokenizer.vocab_size - 1}, "
+            f"{source}: the tokenizer gives ids up to {tokenizer.vocab_size - 1}, "
             f"the model has embeddings for {model.config.vocab_size}"
         )
     text = template.read_text(encoding="utf-8") if template else None
-    return Policy(model, tokenizer, Renderer(tokenizer, text), folder)
+    return Policy(model, tokenizer, Renderer(tokenizer, text), adapter or folder, base)
