@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from posttrain.core import (
@@ -88,6 +88,7 @@ class RemoteChat:
     ) -> None:
         """Take the server's address; arguments as for `RemoteEngine`."""
         self.model = model
+        self._refuses_schemas = False
         self._client = JsonClient(
             url,
             api_key=api_key,
@@ -103,6 +104,51 @@ class RemoteChat:
         Raises:
             EngineError: the server refused, could not be reached, or its reply is no message.
         """
+        message, _ = await self.chat_structured(messages, sampling, None)
+        return message
+
+    async def chat_structured(
+        self, messages: Sequence[Message], sampling: Sampling, schema: Mapping[str, Any] | None
+    ) -> tuple[Message, dict[str, int]]:
+        """The first choice's message, written to a JSON schema where the server can do that, and what it used.
+
+        A server that refuses `response_format` is asked again without it, and from then on only so: the caller checks
+        the reply in any case.
+
+        Args:
+            messages: the conversation.
+            sampling: how to sample.
+            schema: a JSON schema of the reply; None: free text.
+
+        Returns:
+            The message, and `prompt_tokens` and `completion_tokens` where the server tells them.
+
+        Raises:
+            EngineError: as for `chat`.
+        """
+        body = self._body(messages, sampling)
+        if schema is None or self._refuses_schemas:
+            return await self._ask(body)
+        wanted = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": dict(schema)}}
+        try:
+            return await self._ask({**body, "response_format": wanted})
+        except RemoteFailure as failure:
+            if failure.status not in (400, 422, 501):
+                raise
+        answer = await self._ask(body)
+        self._refuses_schemas = True  # only now is it sure that the format was what it refused
+        return answer
+
+    async def _ask(self, body: dict[str, Any]) -> tuple[Message, dict[str, int]]:
+        reply = await self._client.post("/chat/completions", body)
+        try:
+            used = reply.get("usage") or {}
+            counts = {name: int(used[name]) for name in ("prompt_tokens", "completion_tokens") if used.get(name)}
+            return _read_message(reply["choices"][0]["message"]), counts
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise RemoteFailure(f"{self._client.url}: the reply is not a chat completion: {error!r}") from error
+
+    def _body(self, messages: Sequence[Message], sampling: Sampling) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [_wire_message(message) for message in messages],
@@ -114,11 +160,7 @@ class RemoteChat:
         body |= {name: value for name, value in extra.items() if value}
         if sampling.seed is not None:
             body["seed"] = derive_seed(sampling.seed, "remote") >> 32
-        reply = await self._client.post("/chat/completions", body)
-        try:
-            return _read_message(reply["choices"][0]["message"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise RemoteFailure(f"{self._client.url}: the reply is not a chat completion: {error!r}") from error
+        return body
 
     async def close(self) -> None:
         """Close the connections."""

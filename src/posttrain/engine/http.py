@@ -16,11 +16,12 @@ _LONGEST_WAIT_S = 60.0
 
 
 class RemoteFailure(EngineError):
-    """A server could not be reached, refused, or gave up; `reason` is ERROR or TIMEOUT."""
+    """A server could not be reached, refused, or gave up; `reason` is ERROR or TIMEOUT, `status` its HTTP status."""
 
-    def __init__(self, message: str, reason: StopReason = StopReason.ERROR) -> None:
+    def __init__(self, message: str, reason: StopReason = StopReason.ERROR, status: int | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.status = status
 
 
 class JsonClient:
@@ -76,11 +77,13 @@ class JsonClient:
                 else:
                     if reply.status_code < 300:
                         return _json(reply, self.url)
-                    failure = RemoteFailure(f"{self.url}{path} answered {reply.status_code}: {reply.text[:500]}")
+                    told = f"{self.url}{path} answered {reply.status_code}: {reply.text[:500]}"
+                    failure = RemoteFailure(told, status=reply.status_code)
                     if reply.status_code not in _PASSING:
                         raise failure
                     asked_s = _retry_after_s(reply.headers.get("retry-after"))
-                    wait_s = wait_s if asked_s is None else min(_LONGEST_WAIT_S, asked_s)
+                    if asked_s is not None:  # never sooner than asked, and a little apart
+                        wait_s = min(_LONGEST_WAIT_S, asked_s) * (1 + random.random() / 10)
                 if attempt == self._retries:
                     raise failure
                 await asyncio.sleep(wait_s)
