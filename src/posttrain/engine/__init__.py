@@ -10,15 +10,18 @@ from posttrain.engine.generation import Generation, StreamEvent
 from posttrain.engine.http import RemoteFailure
 from posttrain.engine.local import LocalEngine
 from posttrain.engine.remote import RemoteEngine
+from posttrain.engine.scoring import Encoded, LocalScorer
 from posttrain.engine.scripted import ScriptedEngine
 from posttrain.engine.stats import EngineStats
 
 __all__ = [
+    "Encoded",
     "EngineChat",
     "EngineStats",
     "Generation",
     "HasTokens",
     "LocalEngine",
+    "LocalScorer",
     "NamesStopTokens",
     "RemoteChat",
     "RemoteEngine",

@@ -15,6 +15,8 @@ from posttrain.grade.maths import Maths
 from posttrain.grade.number import Number, boxed, numbers_in
 from posttrain.grade.proof import ProofReport, ProvenCase, all_graders, prove
 from posttrain.grade.reward_metrics import reward_metrics
+from posttrain.grade.reward_model import EnsembleScorer, Prefers, RewardModel, ScoreText
+from posttrain.grade.reward_whitening import Moments
 from posttrain.grade.sql_compare import rows_match
 from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
@@ -22,17 +24,22 @@ from posttrain.grade.text import Exact, Length, Regex
 from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
 
 __all__ = [
+    "EnsembleScorer",
     "Exact",
     "Function",
     "Length",
     "Maths",
+    "Moments",
     "Number",
+    "Prefers",
     "ProofReport",
     "ProvenCase",
     "QueryLimits",
     "QueryResult",
     "QueryRunner",
     "Regex",
+    "RewardModel",
+    "ScoreText",
     "SqlResult",
     "Weighted",
     "WorkerFailure",

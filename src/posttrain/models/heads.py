@@ -57,7 +57,8 @@ class ScoredDecoder(nn.Module):
     def scores(self, hidden_ND: Tensor) -> Tensor:
         """One number for each hidden state, fp32 (fp64 where the weights are); any leading shape."""
         dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
-        scores_N: Tensor = nn.functional.linear(hidden_ND.to(dtype), self.score.weight.to(dtype))[..., 0]
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            scores_N: Tensor = nn.functional.linear(hidden_ND.to(dtype), self.score.weight.to(dtype))[..., 0]
         return scores_N
 
     def forward(self, tokens_BT: Tensor, **options: Any) -> Tensor:
