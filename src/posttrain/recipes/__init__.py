@@ -9,7 +9,28 @@ BUILT_IN: dict[str, tuple[str, str]] = {
         "Make a base model: train a tokenizer and a decoder on text, or go on with one.",
     ),
     "sft": ("posttrain.recipes.sft", "Supervised fine-tuning on prompts and completions."),
+    "dpo": (
+        "posttrain.recipes.dpo",
+        "Preference optimisation on pairs: DPO, IPO, SimPO, ORPO and others.",
+    ),
+    "kto": (
+        "posttrain.recipes.kto",
+        "Preference optimisation on single answers labelled good or bad: KTO, BCO.",
+    ),
+    "online_dpo": (
+        "posttrain.recipes.online_dpo",
+        "Preference optimisation on the policy's own answers, ranked by a grader, in rounds.",
+    ),
     "grpo": ("posttrain.recipes.grpo", "Reinforcement learning from a grader with group-relative advantages."),
+    "distill": ("posttrain.recipes.distill", "Distillation: imitate a teacher's answers or its probabilities."),
+    "on_policy_distill": (
+        "posttrain.recipes.on_policy_distill",
+        "On-policy distillation: the student samples, a teacher judges every token.",
+    ),
+    "rejection_sampling": (
+        "posttrain.recipes.rejection_sampling",
+        "Rejection sampling: imitate the model's own best answers; with rounds, expert iteration.",
+    ),
     "evaluate": ("posttrain.recipes.evaluate", "Evaluate a model on a file of tasks, with intervals."),
     "flywheel": (
         "posttrain.recipes.flywheel",
