@@ -36,6 +36,7 @@ def token_divergence(
     *,
     beta: float,
     temperature: float = 1.0,
+    vocab_size: int | None = None,
     chunk: int | None = None,
     entropy: bool = False,
 ) -> TokenDivergence:
@@ -54,13 +55,15 @@ def token_divergence(
         targets_N: token ids.
         beta: 0 (forward KL) to 1 (reverse KL).
         temperature: divides both models' logits for the divergence, not for the logprobs.
+        vocab_size: compare the first so many entries only, as if there were no others: for heads of one vocabulary
+            that are padded to different sizes.
         chunk: tokens per chunk; None chooses by the vocabulary. The result does not depend on it but for rounding.
         entropy: also give the entropy of the student's distributions.
 
     Raises:
         ModelError: shapes do not fit, the vocabularies differ, beta or temperature is out of range.
     """
-    weight_VD, teacher_VE = student.head_weight(), teacher.head_weight()
+    weight_VD, teacher_VE = student.head_weight()[:vocab_size], teacher.head_weight()[:vocab_size]
     _check(hidden_ND, teacher_hidden_NE, targets_N, weight_VD, teacher_VE, beta, temperature)
     plan = _Plan(
         beta=beta,

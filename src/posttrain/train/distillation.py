@@ -31,13 +31,16 @@ class TopK(NamedTuple):
     divergence_N: Tensor
 
 
-def teacher_forward(teacher: Decoder, *, beta: float, temperature: float = 1.0) -> Forward:
+def teacher_forward(
+    teacher: Decoder, *, beta: float, temperature: float = 1.0, vocab_size: int | None = None
+) -> Forward:
     """A forward pass that gives every target's divergence from a teacher, read in the same pass over the same tokens.
 
     Args:
         teacher: of the student's vocabulary; frozen and put into evaluation mode.
         beta: 0 forward KL, 1 reverse KL, between them generalised Jensen–Shannon (`objectives.generalised_jsd`).
         temperature: divides both models' logits for the divergence.
+        vocab_size: compare the first so many entries of the two heads, where padding makes their sizes differ.
 
     Raises:
         ConfigError: beta or temperature is out of range.
@@ -59,6 +62,7 @@ def teacher_forward(teacher: Decoder, *, beta: float, temperature: float = 1.0) 
             batch.targets_P,
             beta=beta,
             temperature=temperature,
+            vocab_size=vocab_size,
             entropy=row.entropy,
         )
 
