@@ -17,6 +17,8 @@ from posttrain.grade.proof import ProofReport, ProvenCase, all_graders, prove
 from posttrain.grade.reward_metrics import reward_metrics
 from posttrain.grade.reward_model import EnsembleScorer, Prefers, RewardModel, ScoreText
 from posttrain.grade.reward_whitening import Moments
+from posttrain.grade.sandbox import JudgedTests, Sandbox, SandboxLimits, SandboxRun
+from posttrain.grade.sandbox_process import SandboxUnavailable
 from posttrain.grade.sql_compare import rows_match
 from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
@@ -27,6 +29,7 @@ __all__ = [
     "EnsembleScorer",
     "Exact",
     "Function",
+    "JudgedTests",
     "Length",
     "Maths",
     "Moments",
@@ -39,6 +42,10 @@ __all__ = [
     "QueryRunner",
     "Regex",
     "RewardModel",
+    "Sandbox",
+    "SandboxLimits",
+    "SandboxRun",
+    "SandboxUnavailable",
     "ScoreText",
     "SqlResult",
     "Weighted",
