@@ -34,6 +34,7 @@ from posttrain.train.preference import (
     with_step_scalars,
 )
 from posttrain.train.preference_forward import CollisionStats, collision_forward
+from posttrain.train.ranks import Alone, Ranks, Together
 from posttrain.train.reward_losses import outcome_objective, process_objective, reward_objective
 from posttrain.train.state import TrainerState
 from posttrain.train.supervised_losses import SupervisedNormalise, supervised_objective
@@ -42,6 +43,7 @@ from posttrain.train.value_losses import value_objective
 
 __all__ = [
     "TIMING_METRICS",
+    "Alone",
     "AnswerLoss",
     "Batch",
     "CollisionStats",
@@ -54,10 +56,12 @@ __all__ = [
     "PairLoss",
     "PairWeights",
     "Pass",
+    "Ranks",
     "Resumed",
     "Scores",
     "SupervisedNormalise",
     "Surrogate",
+    "Together",
     "TopK",
     "TrainConfig",
     "Trainer",

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from posttrain.train.rows import ExampleRow
 
+_SHARED = "group:"  # how the key of a group begins; that of an example without one begins otherwise
+
 
 class Denominators(NamedTuple):
     """Counts over the whole step: all micro-batches (and, summed elementwise, all ranks).
@@ -38,6 +40,45 @@ class Denominators(NamedTuple):
             sequences=sum(bool(len(sequence.targets)) for row in live for sequence in row.sequences),
             examples=len(live),
             groups=len({_group_key(row) for row in live}),
+        )
+
+
+class StepCounts(NamedTuple):
+    """What a step adds up to, on all ranks, beyond what any micro-batch sees."""
+
+    denominators: Denominators
+    groups: dict[str, int]  # targets of each group, from `group_tokens`
+    num_examples: int  # those without a target too
+    num_tokens: int  # of examples with a target, prompts included
+
+    @classmethod
+    def of(cls, rows: Sequence[ExampleRow]) -> StepCounts:
+        """Count a step's examples, or one rank's."""
+        live = [row for row in rows if row.num_targets]
+        num_tokens = sum(row.num_tokens for row in live)
+        return cls(Denominators.of(live), group_tokens(live), len(rows), num_tokens)
+
+    @classmethod
+    def over(cls, ranks: Sequence[StepCounts], own: int) -> StepCounts:
+        """The sum over ranks. A group may be spread over several; an example without one is its rank's alone.
+
+        Args:
+            ranks: everybody's counts.
+            own: the rank whose micro-batches these counts are for.
+        """
+        if len(ranks) == 1:
+            return ranks[0]
+        shared: Counter[str] = Counter()
+        for counts in ranks:
+            shared.update({key: num for key, num in counts.groups.items() if key.startswith(_SHARED)})
+        lonely = {key: num for key, num in ranks[own].groups.items() if not key.startswith(_SHARED)}
+        num_lonely = sum(not key.startswith(_SHARED) for counts in ranks for key in counts.groups)
+        tokens, sequences, examples, _ = (sum(each) for each in zip(*(c.denominators for c in ranks), strict=True))
+        return cls(
+            Denominators(tokens, sequences, examples, len(shared) + num_lonely),
+            {**shared, **lonely},
+            sum(counts.num_examples for counts in ranks),
+            sum(counts.num_tokens for counts in ranks),
         )
 
 
@@ -128,4 +169,4 @@ def build_batch(
 
 
 def _group_key(row: ExampleRow) -> str:
-    return f"group:{row.group}" if row.group else f"example:{row.id}"
+    return f"{_SHARED}{row.group}" if row.group else f"example:{row.id}"

@@ -19,12 +19,13 @@ from posttrain import objectives
 from posttrain.core import Example, TrainError, derive_seed
 from posttrain.models import Decoder, ScoredDecoder
 from posttrain.objectives import Metric
-from posttrain.train.batch import Batch, Denominators, build_batch, group_tokens
+from posttrain.train.batch import Batch, StepCounts, build_batch
 from posttrain.train.config import TrainConfig
 from posttrain.train.forward import Forward, Pass, token_forward
 from posttrain.train.losses import Objective, nll_objective
 from posttrain.train.optimiser import AdamW, trainable
 from posttrain.train.packing import pack
+from posttrain.train.ranks import Alone, Together, total_of
 from posttrain.train.rows import ExampleRow, to_rows
 from posttrain.train.state import TrainerState, check_identity, model_identity, weights_of
 
@@ -62,6 +63,7 @@ class Trainer:
         *,
         forward: Forward = token_forward,
         device: torch.device | str | None = None,
+        ranks: Together | None = None,
     ) -> None:
         """Take a model over.
 
@@ -71,9 +73,11 @@ class Trainer:
             objective: from a micro-batch to its share of the loss.
             forward: from the model to what the objective takes; the default gives the targets' logprobs.
             device: where to move the model; None leaves it where it is.
+            ranks: the processes that take every step together, each with its share of the examples; all begin with the
+                weights of the first. None: this one is alone.
 
         Raises:
-            TrainError: no parameter of the model learns.
+            TrainError: no parameter of the model learns, or the ranks hold different models.
         """
         if device is not None:
             model.to(device)
@@ -91,12 +95,16 @@ class Trainer:
             raise TrainError("no parameter of the model learns: all have requires_grad False")
         self.device = next(iter(self._weights.values())).device
         self._optimiser = AdamW(model, config)
+        self._ranks: Together = ranks or Alone()
+        self._ranks.share_weights(model)
         self._identity: dict[str, Any] | None = None
 
     def step(self, examples: Sequence[Example]) -> dict[str, float]:
         """One optimiser step over all the examples, in as many micro-batches as they need.
 
-        Examples without a target are counted (`num_empty_examples`) and otherwise ignored.
+        Examples without a target are counted (`num_empty_examples`) and otherwise ignored. With `ranks`, all of them
+        step at the same time, a rank without any example too; what is returned or raised is of all examples, and the
+        same on every rank but for the `TIMING_METRICS`.
 
         Returns:
             The objective's metrics, and `loss`, `lr`, `grad_norm` (before clipping), `num_tokens` (since the
@@ -108,37 +116,37 @@ class Trainer:
                 names the step and the examples). The weights are as before.
         """
         started_s = time.perf_counter()
-        rows = self._rows(examples)
+        rows = self._ranks.attempt(lambda: self._rows(examples))
         live = [row for row in rows if row.num_targets]
-        if not live:
+        counts = self._counts(rows)
+        if not counts.denominators.examples:
             raise TrainError(
-                f"step {self.num_steps + 1}: none of its {len(rows)} examples has a target token. "
+                f"step {self.num_steps + 1}: none of its {counts.num_examples} examples has a target token. "
                 "Their masks are all False: did every rollout fail, or does the chat template mark no assistant turn?"
             )
-        batches = self._batches(live)
-        losses, metrics = self._gradients(batches)
+        losses, metrics = self._ranks.attempt(lambda: self._gradients(self._batches(live, counts)))
+        self._ranks.sum_gradients(self._weights)
         norm = torch.nn.utils.get_total_norm(self._optimiser.gradients())
-        total = torch.stack(losses).sum().item()
+        total = total_of(self._ranks, losses)
         grad_norm = norm.item()
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            raise self._not_finite(total, grad_norm, live)
+            raise self._not_finite(total, grad_norm, live, counts)
         lr = self._update(norm)
-        num_tokens = sum(row.num_tokens for row in live)
         self.num_steps += 1
-        self.num_tokens += num_tokens
+        self.num_tokens += counts.num_tokens
         seconds = time.perf_counter() - started_s
         return {
             "loss": total,
             "lr": lr,
             "grad_norm": grad_norm,
-            **objectives.combine(metrics),
+            **objectives.combine(self._ranks.metrics(metrics)),
             "num_tokens": float(self.num_tokens),
-            "num_targets": float(sum(row.num_targets for row in live)),
-            "num_examples": float(len(rows)),
-            "num_empty_examples": float(len(rows) - len(live)),
-            "num_micro_batches": float(len(losses)),
+            "num_targets": float(counts.denominators.tokens),
+            "num_examples": float(counts.num_examples),
+            "num_empty_examples": float(counts.num_examples - counts.denominators.examples),
+            "num_micro_batches": float(sum(self._ranks.gather(len(losses), int))),
             "step_s": seconds,
-            "tokens_per_second": num_tokens / seconds,
+            "tokens_per_second": counts.num_tokens / seconds,
         }
 
     def logprobs(self, examples: Sequence[Example]) -> list[list[tuple[float, ...]]]:
@@ -156,7 +164,7 @@ class Trainer:
         columns = [[np.zeros(len(sequence.tokens_T)) for sequence in row.sequences] for row in rows]
         live = [index for index, row in enumerate(rows) if row.num_targets]
         self.model.eval()
-        for batch, members in self._plan([rows[index] for index in live]):
+        for batch, members in self._plan([rows[index] for index in live], StepCounts.of(rows)):
             with self._same_kernels_without_graph():
                 stats = self._stats(batch, self.config.temperature, entropy=False)
             values_P = stats[0].double().cpu().numpy()
@@ -170,7 +178,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example]) -> dict[str, float]:
-        """How well the model predicts the targets, at temperature 1; nothing is learned.
+        """How well the model predicts the targets, at temperature 1; nothing is learned. With `ranks`, of all their
+        examples.
 
         Returns:
             `nll` (mean over target tokens, nats), `perplexity`, `entropy` (mean over target tokens, nats),
@@ -179,21 +188,22 @@ class Trainer:
         Raises:
             TrainError: an example is malformed, or none has a target.
         """
-        rows = self._rows(examples)
+        rows = self._ranks.attempt(lambda: self._rows(examples))
         live = [row for row in rows if row.num_targets]
-        if not live:
-            raise TrainError(f"evaluate: none of the {len(rows)} examples has a target token")
+        counts = self._counts(rows)
+        if not counts.denominators.examples:
+            raise TrainError(f"evaluate: none of the {counts.num_examples} examples has a target token")
         self.model.eval()
         metrics = []
-        for batch, _ in self._plan(live):
+        for batch, _ in self._plan(live, counts):
             stats = self._stats(batch, 1.0, entropy=True)
             metrics.append(nll_objective(stats, batch)[1])
-        result = objectives.combine(metrics)
+        result = objectives.combine(self._ranks.metrics(metrics))
         return {
             **result,
             "perplexity": math.exp(min(result["nll"], 700.0)),
-            "num_targets": float(sum(row.num_targets for row in live)),
-            "num_examples": float(len(rows)),
+            "num_targets": float(counts.denominators.tokens),
+            "num_examples": float(counts.num_examples),
         }
 
     def state(self) -> TrainerState:
@@ -226,13 +236,16 @@ class Trainer:
         shape = self.model.config
         return to_rows(examples, vocab_size=shape.vocab_size, max_positions=shape.max_positions)
 
-    def _batches(self, rows: Sequence[ExampleRow]) -> Iterator[Batch]:
-        return (batch for batch, _ in self._plan(rows))
+    def _counts(self, rows: Sequence[ExampleRow]) -> StepCounts:
+        return StepCounts.over(self._ranks.gather(StepCounts.of(rows), StepCounts), self._ranks.rank)
 
-    def _plan(self, rows: Sequence[ExampleRow]) -> Iterator[tuple[Batch, list[int]]]:
-        denominators, groups = Denominators.of(rows), group_tokens(rows)
-        for members in pack([row.num_tokens for row in rows], self.config.micro_tokens):
-            yield build_batch([rows[index] for index in members], denominators, groups, self.device), members
+    def _batches(self, live: Sequence[ExampleRow], counts: StepCounts) -> Iterator[Batch]:
+        return (batch for batch, _ in self._plan(live, counts))
+
+    def _plan(self, live: Sequence[ExampleRow], counts: StepCounts) -> Iterator[tuple[Batch, list[int]]]:
+        for members in pack([row.num_tokens for row in live], self.config.micro_tokens):
+            rows = [live[index] for index in members]
+            yield build_batch(rows, counts.denominators, counts.groups, self.device), members
 
     def _gradients(self, batches: Iterator[Batch]) -> tuple[list[Tensor], list[dict[str, Metric]]]:
         """Add up the gradients of all micro-batches; their losses and metrics."""
@@ -266,7 +279,8 @@ class Trainer:
         """What is random in the model depends on seed, step and micro-batch alone: nothing to save, nothing to lose."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive_seed(self.config.seed, "train", self.num_steps, micro_batch))
+            other = ("rank", self._ranks.rank) if self._ranks.rank else ()  # ranks draw apart from each other
+            torch.manual_seed(derive_seed(self.config.seed, "train", self.num_steps, micro_batch, *other))
             yield
 
     @contextmanager
@@ -282,17 +296,19 @@ class Trainer:
             for weight in self._weights.values():
                 weight.requires_grad_(True)
 
-    def _not_finite(self, total: float, grad_norm: float, live: Sequence[ExampleRow]) -> TrainError:
+    def _not_finite(self, total: float, grad_norm: float, live: Sequence[ExampleRow], counts: StepCounts) -> TrainError:
         """Find the examples that are to blame, one by one; slow, but the run is over."""
-        denominators, groups = Denominators.of(live), group_tokens(live)
-        guilty = []
+        mine = []
         for row in live:
-            losses, _ = self._gradients(iter([build_batch([row], denominators, groups, self.device)]))
+            batch = build_batch([row], counts.denominators, counts.groups, self.device)
+            losses, _ = self._gradients(iter([batch]))
             norm = torch.nn.utils.get_total_norm(self._optimiser.gradients())
             if not (math.isfinite(losses[0].item()) and math.isfinite(norm.item())):
-                guilty.append(row.id)
+                mine.append(row.id)
         self._optimiser.zero_grad()
-        names = guilty or [row.id for row in live]
+        guilty = [name for names in self._ranks.gather(mine, list[str]) for name in names]
+        all_names = [name for names in self._ranks.gather([row.id for row in live], list[str]) for name in names]
+        names = guilty or all_names
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         blame = "caused by" if guilty else "by no example alone; the step had"
         return TrainError(
