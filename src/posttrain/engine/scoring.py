@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from posttrain.core import ConfigError, EngineError, Message
+from posttrain.core import ConfigError, EngineError, Task
 from posttrain.models import ScoredDecoder
-
-Prompt = str | tuple[Message, ...]
 
 
 class Encoded(NamedTuple):
@@ -27,8 +25,11 @@ class Encoded(NamedTuple):
     positions: tuple[int, ...]  # ascending: the last token of an outcome, the last of each step of a process
 
 
-Encode = Callable[[Prompt, str], Encoded]
-"""From a prompt and its answer to tokens; may raise, which is that item's failure."""
+Scored = tuple[float, ...] | Exception
+"""What became of one item: its numbers, or why there are none."""
+
+Encode = Callable[[Sequence[tuple[Task, str]]], Sequence[Encoded | Exception]]
+"""From tasks and answers to tokens, many at once; an item that cannot be encoded is an exception in its place."""
 
 
 class LocalScorer:
@@ -36,7 +37,7 @@ class LocalScorer:
 
     Args:
         model: the reward model; put into evaluation mode.
-        encode: from prompt and answer to tokens and the places that are judged.
+        encode: from tasks and answers to tokens and the places that are judged.
         batch_tokens: tokens of one packed row, at most; a longer item goes alone.
         wait_s: how long an item waits for others to share its row, seconds.
         inline: compute in the thread that asks. A training loop has one pool of threads then; the event loop stands
@@ -65,11 +66,11 @@ class LocalScorer:
         self._wait_s = wait_s
         self._inline = inline
         self._dtype = dtype
-        self._waiting: list[tuple[Encoded, asyncio.Future[tuple[float, ...] | Exception]]] = []
+        self._waiting: list[tuple[tuple[Task, str], asyncio.Future[Scored]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: asyncio.Task[None] | None = None
 
-    async def score(self, items: Sequence[tuple[Prompt, str]]) -> list[tuple[float, ...] | Exception]:
+    async def score(self, items: Sequence[tuple[Task, str]]) -> list[Scored]:
         """The numbers of each item, in order; an exception in place of an item that cannot be scored.
 
         A caller that gives up (a deadline) leaves the others' rows as they are.
@@ -77,23 +78,29 @@ class LocalScorer:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:  # what waited in a loop that ended has nobody to wait for it
             self._loop, self._waiting, self._running = loop, [], None
-        futures: list[asyncio.Future[tuple[float, ...] | Exception]] = []
-        for prompt, answer in items:
-            future: asyncio.Future[tuple[float, ...] | Exception] = loop.create_future()
-            futures.append(future)
-            try:
-                encoded = self._checked(self.encode(prompt, answer))
-            except Exception as error:  # noqa: BLE001  an item that cannot be read is data
-                future.set_result(error)
-                continue
-            self._waiting.append((encoded, future))
+        futures: list[asyncio.Future[Scored]] = [loop.create_future() for _ in items]
+        self._waiting += zip(items, futures, strict=True)
         if self._waiting and (self._running is None or self._running.done()):
             self._running = loop.create_task(self._run())
         return list(await asyncio.gather(*futures))
 
-    def score_tokens(self, items: Sequence[Encoded]) -> list[tuple[float, ...] | Exception]:
+    def score_now(self, items: Sequence[tuple[Task, str]]) -> list[Scored]:
+        """`score` for callers without an event loop; blocks."""
+        found: list[Scored] = [EngineError("not scored")] * len(items)
+        sound: dict[int, Encoded] = {}
+        for index, encoded in enumerate(self.encode(items)):
+            problem = encoded if isinstance(encoded, Exception) else self._problem(encoded)
+            if problem is not None:
+                found[index] = problem
+            elif isinstance(encoded, Encoded):
+                sound[index] = encoded
+        for index, values in zip(sound, self.score_tokens(list(sound.values())), strict=True):
+            found[index] = values
+        return found
+
+    def score_tokens(self, items: Sequence[Encoded]) -> list[Scored]:
         """The numbers of sequences that are tokens already: one packed forward pass for each row; blocks."""
-        found: list[tuple[float, ...] | Exception] = [EngineError("not scored")] * len(items)
+        found: list[Scored] = [EngineError("not scored")] * len(items)
         for members in self._rows([len(item.tokens) for item in items]):
             for index, values in zip(members, self._forward([items[index] for index in members]), strict=True):
                 found[index] = values
@@ -107,25 +114,22 @@ class LocalScorer:
             self._waiting = []
             items = [item for item, _ in batch]
             try:
-                if self._inline:
-                    found = self.score_tokens(items)
-                else:
-                    found = await asyncio.to_thread(self.score_tokens, items)
+                found = self.score_now(items) if self._inline else await asyncio.to_thread(self.score_now, items)
             except Exception as error:  # noqa: BLE001  a forward pass that fails is every waiting item's failure
                 found = [EngineError(f"the reward model failed: {type(error).__name__}: {error}")] * len(batch)
             for (_, future), values in zip(batch, found, strict=True):
                 if not future.done():
                     future.set_result(values)
 
-    def _checked(self, encoded: Encoded) -> Encoded:
-        num, limit = len(encoded.tokens), self.model.config.max_positions
+    def _problem(self, encoded: Encoded) -> EngineError | None:
+        num, limit, vocabulary = len(encoded.tokens), self.model.config.max_positions, self.model.config.vocab_size
         if num > limit:
-            raise EngineError(f"{num} tokens, but the reward model has {limit} positions")
+            return EngineError(f"{num} tokens, but the reward model has {limit} positions")
         if not encoded.positions or not all(0 <= place < num for place in encoded.positions):
-            raise EngineError(f"nothing to judge: {num} tokens, judged at {list(encoded.positions)[:5]}")
-        if min(encoded.tokens) < 0 or max(encoded.tokens) >= self.model.config.vocab_size:
-            raise EngineError(f"a token id is outside the reward model's vocabulary of {self.model.config.vocab_size}")
-        return encoded
+            return EngineError(f"nothing to judge: {num} tokens, judged at {list(encoded.positions)[:5]}")
+        if min(encoded.tokens) < 0 or max(encoded.tokens) >= vocabulary:
+            return EngineError(f"a token id is outside the reward model's vocabulary of {vocabulary}")
+        return None
 
     def _rows(self, lengths: Sequence[int]) -> list[list[int]]:
         """Which items share a row: longest first, so that those of a row are of similar length."""
@@ -140,7 +144,7 @@ class LocalScorer:
         return rows
 
     @torch.inference_mode()
-    def _forward(self, items: Sequence[Encoded]) -> list[tuple[float, ...] | Exception]:
+    def _forward(self, items: Sequence[Encoded]) -> list[Scored]:
         device = self.model.score.weight.device
         tokens_N = torch.tensor([token for item in items for token in item.tokens], device=device)
         lengths = [len(item.tokens) for item in items]
@@ -148,7 +152,7 @@ class LocalScorer:
         with autocast:
             scores = self.model.score_packed(tokens_N, lengths).float().cpu().tolist()
         self.num_batches += 1
-        found: list[tuple[float, ...] | Exception] = []
+        found: list[Scored] = []
         start = 0
         for item, length in zip(items, lengths, strict=True):
             values = tuple(scores[start + place] for place in item.positions)

@@ -10,6 +10,7 @@ from posttrain.evaluate.intervals import bootstrap_mean, clustered, clustered_st
 from posttrain.evaluate.line_chart import Curve, curves_from_metrics
 from posttrain.evaluate.page import report_html, report_json
 from posttrain.evaluate.reward_report import LengthWatch, RewardReport, ScoredPair, as_eval_report, reward_report
+from posttrain.evaluate.reward_report_steps import ScoredSteps, StepReport, step_report
 from posttrain.evaluate.run_report import Answer, RunReport, ShownTask, Stage, build_run_report, shown_tasks
 from posttrain.evaluate.run_suite import run_suite, run_suite_sync
 from posttrain.evaluate.scores import is_right, report_metrics
@@ -25,8 +26,10 @@ __all__ = [
     "RewardReport",
     "RunReport",
     "ScoredPair",
+    "ScoredSteps",
     "ShownTask",
     "Stage",
+    "StepReport",
     "Suite",
     "as_eval_report",
     "bootstrap_mean",
@@ -48,6 +51,7 @@ __all__ = [
     "run_suite",
     "run_suite_sync",
     "shown_tasks",
+    "step_report",
     "suite_from_file",
     "tasks_needed",
     "wilson",

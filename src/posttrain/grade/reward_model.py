@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Message, Task, Trajectory
+from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Task, Trajectory
 from posttrain.grade.answer import right, trajectory_from_text, wrong
 
-Prompt = str | tuple[Message, ...]
 Aggregate = Literal["last", "min", "mean", "product"]
 EnsembleRule = Literal["mean", "worst_case", "uncertainty", "lower_bound"]
 
 
 class ScoreText(Protocol):
-    """Prompts with their answers in, numbers out."""
+    """Tasks (their prompts and tools are read) with answers in, numbers out."""
 
-    async def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[tuple[float, ...] | Exception]:
+    async def score(self, items: Sequence[tuple[Task, str]]) -> Sequence[tuple[float, ...] | Exception]:
         """For each item, in order, its numbers: one for an outcome, one for each step of a process.
 
         An item that cannot be scored is an exception in its place. Calls that wait at the same time may share a batch.
@@ -84,13 +83,14 @@ class RewardModel:
         return (Prefers(self, self._better),) if self._better else ()
 
     async def grade(self, trajectory: Trajectory) -> Grade:
-        """Score the trajectory's text as the answer to its task's prompt.
+        """Score the trajectory's text as the answer to its task's prompt; in an episode of several turns, its last turn
+        as the answer to all that came before.
 
         Returns:
             The reward; `parts` has the number of steps and their min, mean and last where there are several.
         """
         started_s = time.perf_counter()
-        asked = self.scorer.score([(trajectory.task.prompt, trajectory.text)])
+        asked = self.scorer.score([_asked_and_answered(trajectory)])
         try:
             found = (await asyncio.wait_for(asked, self._deadline_s))[0]
         except TimeoutError as error:
@@ -191,7 +191,7 @@ class EnsembleScorer:
         self._how: EnsembleRule = how
         self._coefficient = coefficient
 
-    async def score(self, items: Sequence[tuple[Prompt, str]]) -> Sequence[tuple[float, ...] | Exception]:
+    async def score(self, items: Sequence[tuple[Task, str]]) -> Sequence[tuple[float, ...] | Exception]:
         """See `ScoreText`."""
         members = await asyncio.gather(*(scorer.score(items) for scorer in self._scorers))
         return [self._one([member[index] for member in members]) for index in range(len(items))]
@@ -215,6 +215,14 @@ def ensemble_score(values: Sequence[float], how: EnsembleRule, coefficient: floa
     variance = math.fsum((value - mean) ** 2 for value in values) / len(values)
     spread = {"mean": 0.0, "uncertainty": variance, "lower_bound": math.sqrt(variance)}[how]
     return mean - coefficient * spread
+
+
+def _asked_and_answered(trajectory: Trajectory) -> tuple[Task, str]:
+    task, messages = trajectory.task, trajectory.messages
+    opening = 0 if isinstance(task.prompt, str) else len(task.prompt)
+    if len(messages) > opening + 1 and messages[-1].role == "assistant":
+        return task.replace(prompt=messages[:-1]), messages[-1].content
+    return task, trajectory.text
 
 
 def aggregated(values: Sequence[float], how: Aggregate) -> float:

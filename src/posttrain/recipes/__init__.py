@@ -9,6 +9,11 @@ BUILT_IN: dict[str, tuple[str, str]] = {
         "Make a base model: train a tokenizer and a decoder on text, or go on with one.",
     ),
     "sft": ("posttrain.recipes.sft", "Supervised fine-tuning on prompts and completions."),
+    "reward_model": ("posttrain.recipes.reward_model", "Train a reward model on preferences."),
+    "process_reward": (
+        "posttrain.recipes.process_reward",
+        "Train a process reward model on answers in labelled steps.",
+    ),
     "dpo": (
         "posttrain.recipes.dpo",
         "Preference optimisation on pairs: DPO, IPO, SimPO, ORPO and others.",
