@@ -1,0 +1,181 @@
+"""The loop of group-relative reinforcement learning: sample siblings, grade them, make the better ones likelier.
+
+One step: prompts are drawn, G answers to each are sampled from the current policy and graded; groups without variance
+may be replaced (`dynamic_rounds`); `rl_credit` says what each answer deserves; the trainer takes one optimiser step, or
+several over minibatches. What a killed run needs to go on is in its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from posttrain.core import Grader, Sampling, Task, read_metrics
+from posttrain.engine import LocalEngine
+from posttrain.evaluate import Suite, run_suite
+from posttrain.grade import check_failures as check_grades
+from posttrain.grade import grade_all, reward_metrics
+from posttrain.models import Decoder
+from posttrain.recipes.kl_spent import fixed_prompts, kl_spent
+from posttrain.recipes.policy import Policy
+from posttrain.recipes.rl_learner import Learner
+from posttrain.recipes.rl_settings import Grpo
+from posttrain.recipes.workbench import Workbench
+from posttrain.rollout import (
+    Draw,
+    Filled,
+    PassRateCurriculum,
+    PromptSource,
+    PromptStream,
+    Rolled,
+    fill_batch,
+    has_variance,
+    pass_rate,
+    rollout_metrics,
+    run_groups,
+)
+from posttrain.rollout import check_failures as check_rollouts
+from posttrain.train import Ledger
+
+
+async def grpo_loop(
+    bench: Workbench,
+    policy: Policy,
+    tasks: Sequence[Task],
+    grader: Grader,
+    config: Grpo,
+    *,
+    held_out: Suite | None = None,
+) -> dict[str, float]:
+    """Run the loop from the run's newest checkpoint to its last step; the policy is tuned in place.
+
+    Returns:
+        The last step's metrics, and `num_tokens`: tokens sampled in all.
+    """
+    learner = Learner(policy.model, config)
+    source, ledger = source_of(tasks, config), Ledger()
+    resumed = learner.resume(bench.run.checkpoints, source, ledger, lambda line: bench.run.event("warning", text=line))
+    bench.run.truncate_after(learner.step if resumed else -1)
+    sampling = Sampling(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        n=config.group_size,
+        stop_tokens=tuple(sorted(policy.renderer.stop_tokens)),
+    )
+    metrics = read_metrics(bench.run.path / "metrics.jsonl")[-1] if resumed else {}
+    every = [*tasks, *(held_out.tasks if held_out else ())]
+    length = policy.length_for(every, config.max_tokens)
+    slots = min(config.slots, config.prompts_per_step * config.group_size)
+    engine = policy.engine(slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed, inline=True)
+    with engine, bench.progress("grpo", config.steps, start=learner.step) as progress:
+        for step in range(learner.step, config.steps):
+            engine.update_weights(policy.model, version=step)
+            filled = await sample_step(engine, policy, source, sampling, grader, config)
+            metrics = learner.learn(filled.kept or filled.dropped)
+            for draw in filled.draws:
+                ledger.record([task.id for task in draw.tasks], epoch=draw.epoch)
+            metrics |= sampled_metrics(filled, config) | source.metrics()
+            learner.num_sampled += tokens_of(filled)
+            metrics["num_sampled"] = learner.num_sampled
+            done = learner.step
+            if held_out and config.evaluate_every and done % config.evaluate_every == 0:
+                metrics["eval/accuracy"] = await held_out_accuracy(engine, policy, held_out, done)
+            if config.kl_prompts and (
+                done == config.steps or (config.kl_spent_every and done % config.kl_spent_every == 0)
+            ):
+                metrics |= await spent(engine, policy, learner.start, tasks, config, done)
+            log(bench, metrics, filled.sampled, done)
+            progress.advance(shown(metrics))
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                learner.save(bench.run.checkpoints, source, ledger)
+    return {**metrics, "num_tokens": learner.num_sampled}
+
+
+def source_of(tasks: Sequence[Task], config: Grpo) -> PromptSource:
+    """Shuffled epochs, or the curriculum."""
+    if not config.curriculum:
+        return PromptStream(tasks, config.seed)
+    return PassRateCurriculum(tasks, config.seed, low=config.curriculum_low, high=config.curriculum_high)
+
+
+async def sample_step(
+    engine: LocalEngine, policy: Policy, source: PromptSource, sampling: Sampling, grader: Grader, config: Grpo
+) -> Filled:
+    """Groups and grades of one step; the source learns the pass rates.
+
+    Raises:
+        RolloutError, GradeError: too many rollouts or grades of a round failed.
+    """
+
+    async def roll(draw: Draw) -> list[Rolled]:
+        groups = await run_groups(
+            engine,
+            draw.tasks,
+            sampling,
+            prompt_tokens=policy.renderer.prompt,
+            seed=config.seed,
+            step=draw.number,
+        )
+        check_rollouts(groups, config.max_failed)
+        grades = await grade_all(grader, [trajectory for group in groups for trajectory in group.trajectories])
+        check_grades(grades, config.max_failed)
+        size = config.group_size
+        return [Rolled(group, grades[place * size : (place + 1) * size]) for place, group in enumerate(groups)]
+
+    filled = await fill_batch(
+        source.draw,
+        roll,
+        has_variance if config.dynamic_rounds else lambda _: True,
+        num_groups=config.prompts_per_step,
+        max_rounds=config.dynamic_rounds or 1,
+    )
+    rates = {rolled.group.task.id: pass_rate(rolled.grades, full_marks=config.full_marks) for rolled in filled.sampled}
+    source.record({task_id: rate for task_id, rate in rates.items() if rate is not None})
+    return filled
+
+
+def sampled_metrics(filled: Filled, config: Grpo) -> dict[str, float]:
+    """Metrics of all that was sampled, whether it was kept or not."""
+    groups = [rolled.group for rolled in filled.sampled]
+    grades = [grade for rolled in filled.sampled for grade in rolled.grades]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    metrics = reward_metrics(grades, [trajectory.group for trajectory in trajectories]) | rollout_metrics(groups)
+    return metrics | (filled.metrics() if config.dynamic_rounds else {})
+
+
+def tokens_of(filled: Filled) -> int:
+    """Tokens that the policy wrote, kept or not."""
+    return sum(
+        trajectory.num_completion_tokens() for rolled in filled.sampled for trajectory in rolled.group.trajectories
+    )
+
+
+async def held_out_accuracy(engine: LocalEngine, policy: Policy, suite: Suite, step: int) -> float:
+    """Accuracy of the policy as it is."""
+    report = await run_suite(suite, engine, policy.renderer.prompt, model=f"step {step}")
+    return report.metrics["accuracy"].value
+
+
+async def spent(
+    engine: LocalEngine, policy: Policy, start: Decoder, tasks: Sequence[Task], config: Grpo, version: int
+) -> dict[str, float]:
+    """The KL to the start on the fixed prompts."""
+    engine.update_weights(policy.model, version=version)
+    prompts = fixed_prompts(tasks, config.kl_prompts)
+    measured = await kl_spent(
+        policy, start, prompts, max_tokens=config.max_tokens, sampler=engine, micro_tokens=config.micro_tokens
+    )
+    return measured.metrics()
+
+
+def log(bench: Workbench, metrics: dict[str, float], sampled: Sequence[Rolled], step: int) -> None:
+    """The step's metrics, and two of its groups: enough to read."""
+    bench.run.tracker.log(metrics, step=step)
+    for rolled in sampled[:2]:
+        for trajectory, grade in zip(rolled.group.trajectories, rolled.grades, strict=True):
+            bench.run.sample({"trajectory": trajectory.to_dict(), "grade": grade.to_dict()}, step=step)
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """What is shown beside the progress bar."""
+    names = {"reward": "reward", "completions/mean_length": "length", "eval/accuracy": "held-out"}
+    return {short: metrics[name] for name, short in names.items() if name in metrics}
