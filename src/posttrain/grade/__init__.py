@@ -11,43 +11,84 @@ Takes Trajectory (with its Task: answer, facts), gives Grade. May import core; m
 from posttrain.grade.answer import accepted_answers, answer_text, normalised, right, trajectory_from_text, wrong
 from posttrain.grade.batch import check_failures, grade_all
 from posttrain.grade.combine import Function, Weighted
+from posttrain.grade.constitution import ConstitutionJudge
+from posttrain.grade.http_reward import HttpReward
+from posttrain.grade.judge import BinaryJudge, ScaleJudge, TemplateJudge
+from posttrain.grade.judge_budget import Budget, BudgetSpent, Price
+from posttrain.grade.judge_cache import JudgeCache
+from posttrain.grade.judge_model import JudgeFailed, JudgeModel, ScriptedChat, StructuredChat
+from posttrain.grade.judge_prompt import Shot
 from posttrain.grade.maths import Maths
 from posttrain.grade.number import Number, boxed, numbers_in
+from posttrain.grade.pairwise import PairVerdict, PairwiseJudge
+from posttrain.grade.panel import Panel
+from posttrain.grade.people import HumanGrade, HumanGrades, People
 from posttrain.grade.proof import ProofReport, ProvenCase, all_graders, prove
+from posttrain.grade.rag import RagJudge
 from posttrain.grade.reward_metrics import reward_metrics
 from posttrain.grade.reward_model import EnsembleScorer, Prefers, RewardModel, ScoreText
 from posttrain.grade.reward_whitening import Moments
+from posttrain.grade.rubric import Rubric, RubricItem, RubricJudge, rubric_of
+from posttrain.grade.rubric_book import RubricBook, evolve_rubric, write_rubric
 from posttrain.grade.sandbox import JudgedTests, Sandbox, SandboxLimits, SandboxRun
 from posttrain.grade.sandbox_process import SandboxUnavailable
 from posttrain.grade.sql_compare import rows_match
 from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.text import Exact, Length, Regex
+from posttrain.grade.url_guard import UrlGuard, UrlRefused
 from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
 
 __all__ = [
+    "BinaryJudge",
+    "Budget",
+    "BudgetSpent",
+    "ConstitutionJudge",
     "EnsembleScorer",
     "Exact",
     "Function",
+    "HttpReward",
+    "HumanGrade",
+    "HumanGrades",
+    "JudgeCache",
+    "JudgeFailed",
+    "JudgeModel",
     "JudgedTests",
     "Length",
     "Maths",
     "Moments",
     "Number",
+    "PairVerdict",
+    "PairwiseJudge",
+    "Panel",
+    "People",
     "Prefers",
+    "Price",
     "ProofReport",
     "ProvenCase",
     "QueryLimits",
     "QueryResult",
     "QueryRunner",
+    "RagJudge",
     "Regex",
     "RewardModel",
+    "Rubric",
+    "RubricBook",
+    "RubricItem",
+    "RubricJudge",
     "Sandbox",
     "SandboxLimits",
     "SandboxRun",
     "SandboxUnavailable",
+    "ScaleJudge",
     "ScoreText",
+    "ScriptedChat",
+    "Shot",
     "SqlResult",
+    "StructuredChat",
+    "TemplateJudge",
+    "UrlGuard",
+    "UrlRefused",
     "Weighted",
     "WorkerFailure",
     "WorkerPool",
@@ -56,6 +97,7 @@ __all__ = [
     "answer_text",
     "boxed",
     "check_failures",
+    "evolve_rubric",
     "grade_all",
     "normalised",
     "numbers_in",
@@ -63,7 +105,9 @@ __all__ = [
     "reward_metrics",
     "right",
     "rows_match",
+    "rubric_of",
     "sql_in",
     "trajectory_from_text",
+    "write_rubric",
     "wrong",
 ]

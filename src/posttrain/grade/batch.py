@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from posttrain.core import ConfigError, Grade, GradeError, Grader, Trajectory
 
 ROLLOUT_FAILED = "rollout failed: "
+UNGRADED = "ungraded: "  # nobody has graded it yet: no failure of the grader
+DEADLINE_S = 10.0
 _MAX_ERROR = 500  # characters of an error that are kept
 
 
 async def grade_all(
-    grader: Grader, trajectories: Sequence[Trajectory], *, deadline_s: float = 10.0, concurrency: int = 32
+    grader: Grader, trajectories: Sequence[Trajectory], *, deadline_s: float | None = None, concurrency: int = 32
 ) -> list[Grade]:
     """Grade every trajectory; never raises for what a grader does.
 
@@ -27,12 +29,14 @@ async def grade_all(
     Args:
         grader: the grader. It must not block the event loop: plain functions belong into `Function`.
         trajectories: what to grade.
-        deadline_s: seconds that each grade may take, once it has begun.
+        deadline_s: seconds that each grade may take, once it has begun; None: the grader's own `deadline_s`, or 10.
         concurrency: grades under way at the same time, at most.
 
     Returns:
         One grade for each trajectory, in order.
     """
+    if deadline_s is None:
+        deadline_s = float(getattr(grader, "deadline_s", DEADLINE_S))
     if concurrency < 1 or deadline_s <= 0:
         raise ConfigError(f"grade_all: concurrency and deadline_s must be above 0, not {concurrency} and {deadline_s}")
     limit = getattr(grader, "max_concurrency", None)
@@ -57,7 +61,8 @@ async def grade_all(
 def check_failures(grades: Sequence[Grade], max_failed: float = 0.05, *, min_failed: int = 2) -> None:
     """Stop when too many grades failed.
 
-    Grades of trajectories that failed themselves are left out: those are the rollout's failures, counted there.
+    Grades of trajectories that failed themselves are left out: those are the rollout's failures, counted there. So are
+    those that wait for a person (`ungraded: …`).
 
     Args:
         grades: a step's grades.
@@ -67,7 +72,7 @@ def check_failures(grades: Sequence[Grade], max_failed: float = 0.05, *, min_fai
     Raises:
         GradeError: too many failed; names the most frequent causes.
     """
-    graded = [grade for grade in grades if not (grade.error or "").startswith(ROLLOUT_FAILED)]
+    graded = [grade for grade in grades if not (grade.error or "").startswith((ROLLOUT_FAILED, UNGRADED))]
     causes = Counter((grade.grader, (grade.error or "")[:200]) for grade in graded if grade.score is None)
     failed = causes.total()
     if failed == 0 or failed <= max_failed * len(graded) or (failed < min_failed and failed < len(graded)):

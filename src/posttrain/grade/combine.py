@@ -102,6 +102,11 @@ class Weighted:
         limits = [getattr(grader, "max_concurrency", None) for grader in self.graders]
         return min((limit for limit in limits if limit is not None), default=None)
 
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that a grade may take: as long as the most patient of its graders asks for, or 10."""
+        return max(float(getattr(grader, "deadline_s", 10.0)) for grader in self.graders)
+
     async def prepare(self) -> None:
         """Prepare the graders that want to be."""
         await asyncio.gather(*(grader.prepare() for grader in self.graders if hasattr(grader, "prepare")))
@@ -109,7 +114,7 @@ class Weighted:
     async def grade(self, trajectory: Trajectory) -> Grade:
         """Grade by all graders at once and add up."""
         started_s = time.perf_counter()
-        grades = await asyncio.gather(*(_grade_or_error(grader, trajectory) for grader in self.graders))
+        grades = await asyncio.gather(*(grade_or_error(grader, trajectory) for grader in self.graders))
         parts: dict[str, float] = {}
         errors: list[str] = []
         total = 0.0
@@ -137,7 +142,8 @@ class Weighted:
         return self._cases
 
 
-async def _grade_or_error(grader: Grader, trajectory: Trajectory) -> Grade:
+async def grade_or_error(grader: Grader, trajectory: Trajectory) -> Grade:
+    """One grader's grade; what it raises is a grade with an error."""
     try:
         return await grader.grade(trajectory)
     except Exception as error:  # noqa: BLE001  a failing part is data: it becomes the grade's error

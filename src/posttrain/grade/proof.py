@@ -15,6 +15,7 @@ from posttrain.core import Grade, GradeCase, GradeError, Grader, ProvesItself, R
 from posttrain.grade.answer import answer_text, right, trajectory_from_text, wrong
 from posttrain.grade.batch import grade_all
 from posttrain.grade.combine import Function, Weighted
+from posttrain.grade.judge_proof import judged_graders
 from posttrain.grade.maths import Maths
 from posttrain.grade.number import Number
 from posttrain.grade.sql_result import SqlResult
@@ -124,6 +125,7 @@ def all_graders() -> list[Grader]:
         Function(_says_yes, cases=[right(fruit, "yes"), wrong(fruit, "perhaps")]),
         Weighted([(Exact(), 1.0), (Length(max=5, unit="words"), 0.5)]),
         _sql_on_temporary_database(),
+        *judged_graders(),
     ]
     if importlib.util.find_spec("math_verify") is not None:
         graders.append(Maths())
