@@ -22,6 +22,8 @@ from posttrain.models.heads import ScoredDecoder
 from posttrain.models.heads_folder import load_scored, save_scored
 from posttrain.models.hub import resolve
 from posttrain.models.lora import LoraConfig, adapters_off
+from posttrain.models.merging import Merge, merge_tensors
+from posttrain.models.merging_folders import merge_folders
 from posttrain.models.quantised import quantise
 from posttrain.models.token_divergence import TokenDivergence, chosen_logprobs, token_divergence
 from posttrain.models.token_stats import TokenStats, token_stats
@@ -33,6 +35,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "LoraConfig",
+    "Merge",
     "PlainWeights",
     "RopeScaling",
     "ScoredDecoder",
@@ -52,6 +55,8 @@ __all__ = [
     "load_adapters",
     "load_scored",
     "merge_adapters",
+    "merge_folders",
+    "merge_tensors",
     "merged_adapters",
     "num_parameters",
     "packed_positions",

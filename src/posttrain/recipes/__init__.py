@@ -36,6 +36,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
         "posttrain.recipes.rejection_sampling",
         "Rejection sampling: imitate the model's own best answers; with rounds, expert iteration.",
     ),
+    "merge": ("posttrain.recipes.merge", "Merge models of one architecture and vocabulary into one."),
     "evaluate": ("posttrain.recipes.evaluate", "Evaluate a model on a file of tasks, with intervals."),
     "flywheel": (
         "posttrain.recipes.flywheel",
