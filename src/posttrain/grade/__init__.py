@@ -10,6 +10,7 @@ Takes Trajectory (with its Task: answer, facts), gives Grade. May import core; m
 
 from posttrain.grade.answer import accepted_answers, answer_text, normalised, right, trajectory_from_text, wrong
 from posttrain.grade.batch import check_failures, grade_all
+from posttrain.grade.code import InputOutput, UnitTests, code_in, human_eval_task, mbpp_task
 from posttrain.grade.combine import Function, Weighted
 from posttrain.grade.constitution import ConstitutionJudge
 from posttrain.grade.http_reward import HttpReward
@@ -50,6 +51,7 @@ __all__ = [
     "HttpReward",
     "HumanGrade",
     "HumanGrades",
+    "InputOutput",
     "JudgeCache",
     "JudgeFailed",
     "JudgeModel",
@@ -87,6 +89,7 @@ __all__ = [
     "SqlResult",
     "StructuredChat",
     "TemplateJudge",
+    "UnitTests",
     "UrlGuard",
     "UrlRefused",
     "Weighted",
@@ -97,8 +100,11 @@ __all__ = [
     "answer_text",
     "boxed",
     "check_failures",
+    "code_in",
     "evolve_rubric",
     "grade_all",
+    "human_eval_task",
+    "mbpp_task",
     "normalised",
     "numbers_in",
     "prove",

@@ -173,11 +173,11 @@ class Sandbox:
             reader = Reader({verdict.fileno(): 1_000_000}, judge, started_s + self.limits.wall_s)
             lines = reader.read()[verdict.fileno()].splitlines()
             facts = ended(judge, reader)
-            ended(candidate, reader, may_be_lost=True)
+            other = ended(candidate, reader, may_be_lost=True)
         found = [json.loads(line) for line in lines]
         if found and isinstance(found[0], dict):
             raise GradeError(f"sandbox: {found[0]['broken']}")
-        late = reader.timed_out or facts.get("exit") == -9
+        late = reader.timed_out or self._spent(facts) or self._spent(other)
         missing = "not within the time" if late else "the tests were broken off"
         results = [*found, *[missing] * (len(tests) - len(found))]
         return JudgedTests(results=tuple(results), timed_out=late, seconds=time.monotonic() - started_s)
@@ -198,17 +198,20 @@ class Sandbox:
             reader = Reader(caps, job, started_s + self.limits.wall_s)
             stdout, stderr = reader.read().values()
             facts = ended(job, reader)
-        status = facts.get("exit")
         return SandboxRun(
             stdout=stdout.decode("utf-8", "replace"),
             stderr=stderr.decode("utf-8", "replace"),
-            exit_status=status,
-            timed_out=reader.timed_out or (status in (-9, -24) and facts["cpu_s"] >= 0.9 * self.limits.cpu_s),
+            exit_status=facts.get("exit"),
+            timed_out=reader.timed_out or self._spent(facts),
             too_much_output=reader.too_much,
             seconds=time.monotonic() - started_s,
             cpu_s=facts.get("cpu_s", 0.0),
             memory_bytes=facts.get("memory_bytes", 0),
         )
+
+    def _spent(self, facts: Mapping[str, Any]) -> bool:
+        """Whether it was the limit on processor time that ended a job."""
+        return facts.get("exit") in (-9, -24) and facts["cpu_s"] >= 0.9 * self.limits.cpu_s
 
     def _begin(self, role: str, payload: dict[str, Any], out: int, err: int, others: list[int]) -> Job:
         limits = self.limits

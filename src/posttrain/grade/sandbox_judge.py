@@ -70,6 +70,8 @@ def encode(value: Any, other: Any) -> list[Any]:
         return ["k" if name == "collections.deque" else "l", [encode(item, other) for item in value]]
     if isinstance(value, types.GeneratorType) or name in _ITERATORS:
         return ["l", [encode(item, other) for item in value]]
+    if isinstance(value, type) and builtins.__dict__.get(value.__name__) is value:
+        return ["u", value.__name__]
     if name in _BY_PARTS:
         return ["o", name, [encode(part, other) for part in _BY_PARTS[name](value)]]
     made: list[Any] = other(value)
@@ -122,6 +124,8 @@ def decode(data: Any, other: Any) -> Any:
         return bytes.fromhex(data[1]) if tag == "b" else bytearray.fromhex(data[1])
     if tag == "n":
         return Ellipsis if data[1] == "Ellipsis" else NotImplemented
+    if tag == "u" and isinstance(getattr(builtins, data[1], None), type):
+        return getattr(builtins, data[1])
     if tag == "d":
         return {decode(key, other): decode(item, other) for key, item in data[1]}
     if tag == "o" and data[1] in _BY_PARTS:
