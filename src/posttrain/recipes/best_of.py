@@ -32,7 +32,7 @@ def select(
 ) -> list[Kept]:
     """Choose among each prompt's answers.
 
-    An answer that failed, has no grade, was cut at its token limit (it would teach to stop anywhere) or says the same
+    An answer that failed, has no grade, was cut at its token limit or says the same
     as one already taken, white space aside, is never chosen.
 
         best      the highest scores, right or not: for graders without a right and a wrong (reward models, judges), as

@@ -91,7 +91,8 @@ def answer_examples(
 ) -> list[Example]:
     """What a teacher answered as examples for the student.
 
-    Answers cut at their token limit are left out, for they would teach to stop anywhere; so are repetitions.
+    Repetitions are left out; so are, where the text is taken, answers cut at their token limit: an end of turn would
+    follow them, and teach to stop anywhere.
 
     Args:
         top_k: also the columns that `train.top_k_forward` reads.
@@ -100,20 +101,23 @@ def answer_examples(
     Raises:
         DataError: nothing is left.
     """
+    whole = not exact and not top_k
     kept: list[tuple[Task, TeacherAnswer]] = []
     clipped = repeated = 0
     for task, own in zip(tasks, answers, strict=True):
         seen: set[str] = set()
         for answer in own:
-            clipped += answer.stop_reason is StopReason.LENGTH
-            repeated += answer.stop_reason is not StopReason.LENGTH and answer.text in seen
-            if answer.stop_reason is not StopReason.LENGTH and answer.text not in seen:
+            if whole and answer.stop_reason is StopReason.LENGTH:
+                clipped += 1
+            elif answer.text in seen:
+                repeated += 1
+            else:
                 seen.add(answer.text)
                 kept.append((task, answer))
     bench.say(f"{len(kept)} answers of the teacher; left out: {clipped} cut at their limit, {repeated} repeated")
     if not kept:
         raise DataError("the teacher gave no answer to learn from; raise --max-tokens if all were cut")
-    if not exact and not top_k:
+    if whole:
         pairs = [
             CompletionRow(id=f"{task.id}/{answer.index}", prompt=task.prompt, completion=answer.text, tools=task.tools)
             for task, answer in kept
