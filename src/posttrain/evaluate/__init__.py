@@ -7,6 +7,20 @@ comparisons, and a page to look at. May import: rollout, grade, engine, data, re
 from posttrain.evaluate.calibration import Calibration, ReliabilityBin, calibration
 from posttrain.evaluate.compare import compare
 from posttrain.evaluate.intervals import bootstrap_mean, clustered, clustered_standard_error, paired_bootstrap, wilson
+from posttrain.evaluate.judge_agreement import (
+    bootstrap_tables,
+    cohen_kappa,
+    krippendorff_alpha,
+    pair_agreement,
+)
+from posttrain.evaluate.judge_bias import JudgeErrors, bias_corrected
+from posttrain.evaluate.judge_calibration import (
+    JudgeCalibration,
+    JudgedAnswer,
+    JudgedPair,
+    calibrate_answers,
+    calibrate_pairs,
+)
 from posttrain.evaluate.line_chart import Curve, curves_from_metrics
 from posttrain.evaluate.page import report_html, report_json
 from posttrain.evaluate.reward_report import LengthWatch, RewardReport, ScoredPair, as_eval_report, reward_report
@@ -21,6 +35,10 @@ __all__ = [
     "Answer",
     "Calibration",
     "Curve",
+    "JudgeCalibration",
+    "JudgeErrors",
+    "JudgedAnswer",
+    "JudgedPair",
     "LengthWatch",
     "ReliabilityBin",
     "RewardReport",
@@ -32,16 +50,23 @@ __all__ = [
     "StepReport",
     "Suite",
     "as_eval_report",
+    "bias_corrected",
     "bootstrap_mean",
+    "bootstrap_tables",
     "build_run_report",
+    "calibrate_answers",
+    "calibrate_pairs",
     "calibration",
     "clustered",
     "clustered_standard_error",
+    "cohen_kappa",
     "compare",
     "curves_from_metrics",
     "is_right",
+    "krippendorff_alpha",
     "mcnemar",
     "minimum_detectable_difference",
+    "pair_agreement",
     "paired_bootstrap",
     "pass_at_k",
     "report_html",
