@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain import objectives
 from posttrain.core import ConfigError, Example, Grade, StopReason, TokenSequence, Trajectory
 from posttrain.recipes.rl_settings import Grpo
-from posttrain.rollout import Group
+from posttrain.rollout import Group, Rolled
 from posttrain.train import Trainer
 
 TokenKl = Mapping[str, Sequence[float]]
@@ -151,6 +151,18 @@ def spent_on(examples: Sequence[Example], config: Grpo) -> dict[str, list[float]
         own_T, their_T = (torch.tensor(sequence.columns[name]) for name in ("old_logprobs", "ref_logprobs"))
         spent[example.id] = objectives.kl_estimate(own_T.double(), their_T.double(), config.kl_estimator).tolist()
     return spent
+
+
+def scores_of(examples: Sequence[Example], rolled: Sequence[Rolled], eos_penalty: float) -> Tensor:
+    """What each example's answer is worth, less the penalty of one that did not end; float64."""
+    scores, ended = {}, {}
+    for one in rolled:
+        for trajectory, grade in zip(one.group.trajectories, one.grades, strict=True):
+            scores[trajectory.id] = math.nan if grade.score is None else grade.score
+            ended[trajectory.id] = trajectory.stop_reason is not StopReason.LENGTH
+    ids = [example.id for example in examples]
+    scores_S = torch.tensor([scores[name] for name in ids], dtype=torch.float64)
+    return objectives.missing_eos_penalty(scores_S, torch.tensor([ended[name] for name in ids]), eos_penalty)
 
 
 def with_column(examples: Sequence[Example], name: str, trainer: Trainer) -> list[Example]:

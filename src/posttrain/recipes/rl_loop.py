@@ -73,7 +73,8 @@ async def grpo_loop(
             metrics = learner.learn(filled.kept or filled.dropped)
             for draw in filled.draws:
                 ledger.record([task.id for task in draw.tasks], epoch=draw.epoch)
-            metrics |= sampled_metrics(filled, config) | source.metrics()
+            metrics |= sampled_metrics(filled) | source.metrics()
+            metrics |= filled.metrics() if config.dynamic_rounds else {}
             learner.num_sampled += tokens_of(filled)
             metrics["num_sampled"] = learner.num_sampled
             done = learner.step
@@ -82,7 +83,15 @@ async def grpo_loop(
             if config.kl_prompts and (
                 done == config.steps or (config.kl_spent_every and done % config.kl_spent_every == 0)
             ):
-                metrics |= await spent(engine, policy, learner.start, tasks, config, done)
+                metrics |= await spent(
+                    engine,
+                    policy,
+                    learner.start,
+                    tasks,
+                    num_prompts=config.kl_prompts,
+                    max_tokens=config.max_tokens,
+                    version=done,
+                )
             log(bench, metrics, filled.sampled, done)
             progress.advance(shown(metrics))
             if done % config.checkpoint_every == 0 or done == config.steps:
@@ -107,19 +116,9 @@ async def sample_step(
     """
 
     async def roll(draw: Draw) -> list[Rolled]:
-        groups = await run_groups(
-            engine,
-            draw.tasks,
-            sampling,
-            prompt_tokens=policy.renderer.prompt,
-            seed=config.seed,
-            step=draw.number,
+        return await roll_and_grade(
+            engine, policy, draw, sampling, grader, seed=config.seed, max_failed=config.max_failed
         )
-        check_rollouts(groups, config.max_failed)
-        grades = await grade_all(grader, [trajectory for group in groups for trajectory in group.trajectories])
-        check_grades(grades, config.max_failed)
-        size = config.group_size
-        return [Rolled(group, grades[place * size : (place + 1) * size]) for place, group in enumerate(groups)]
 
     filled = await fill_batch(
         source.draw,
@@ -133,13 +132,37 @@ async def sample_step(
     return filled
 
 
-def sampled_metrics(filled: Filled, config: Grpo) -> dict[str, float]:
+async def roll_and_grade(
+    engine: LocalEngine,
+    policy: Policy,
+    draw: Draw,
+    sampling: Sampling,
+    grader: Grader,
+    *,
+    seed: int,
+    max_failed: float,
+) -> list[Rolled]:
+    """The groups of one draw with their grades.
+
+    Raises:
+        RolloutError, GradeError: more than the share `max_failed` of the rollouts or grades failed.
+    """
+    groups = await run_groups(
+        engine, draw.tasks, sampling, prompt_tokens=policy.renderer.prompt, seed=seed, step=draw.number
+    )
+    check_rollouts(groups, max_failed)
+    grades = await grade_all(grader, [trajectory for group in groups for trajectory in group.trajectories])
+    check_grades(grades, max_failed)
+    rest = iter(grades)
+    return [Rolled(group, [next(rest) for _ in group.trajectories]) for group in groups]
+
+
+def sampled_metrics(filled: Filled) -> dict[str, float]:
     """Metrics of all that was sampled, whether it was kept or not."""
     groups = [rolled.group for rolled in filled.sampled]
     grades = [grade for rolled in filled.sampled for grade in rolled.grades]
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    metrics = reward_metrics(grades, [trajectory.group for trajectory in trajectories]) | rollout_metrics(groups)
-    return metrics | (filled.metrics() if config.dynamic_rounds else {})
+    return reward_metrics(grades, [trajectory.group for trajectory in trajectories]) | rollout_metrics(groups)
 
 
 def tokens_of(filled: Filled) -> int:
@@ -156,14 +179,18 @@ async def held_out_accuracy(engine: LocalEngine, policy: Policy, suite: Suite, s
 
 
 async def spent(
-    engine: LocalEngine, policy: Policy, start: Decoder, tasks: Sequence[Task], config: Grpo, version: int
+    engine: LocalEngine,
+    policy: Policy,
+    start: Decoder,
+    tasks: Sequence[Task],
+    *,
+    num_prompts: int,
+    max_tokens: int,
+    version: int,
 ) -> dict[str, float]:
-    """The KL to the start on the fixed prompts."""
+    """The KL to the start on the fixed prompts, as metrics."""
     engine.update_weights(policy.model, version=version)
-    prompts = fixed_prompts(tasks, config.kl_prompts)
-    measured = await kl_spent(
-        policy, start, prompts, max_tokens=config.max_tokens, sampler=engine, micro_tokens=config.micro_tokens
-    )
+    measured = await kl_spent(policy, start, fixed_prompts(tasks, num_prompts), max_tokens=max_tokens, sampler=engine)
     return measured.metrics()
 
 
