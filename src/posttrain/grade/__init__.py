@@ -14,6 +14,8 @@ from posttrain.grade.code import InputOutput, UnitTests, code_in, human_eval_tas
 from posttrain.grade.combine import Function, Weighted
 from posttrain.grade.constitution import ConstitutionJudge
 from posttrain.grade.http_reward import HttpReward
+from posttrain.grade.instruction import INSTRUCTION_KINDS, Instructions, instruction_task, loose_forms
+from posttrain.grade.instruction_text import Tools
 from posttrain.grade.judge import BinaryJudge, ScaleJudge, TemplateJudge
 from posttrain.grade.judge_budget import Budget, BudgetSpent, Price
 from posttrain.grade.judge_cache import JudgeCache
@@ -21,6 +23,7 @@ from posttrain.grade.judge_model import JudgeFailed, JudgeModel, ScriptedChat, S
 from posttrain.grade.judge_prompt import Shot
 from posttrain.grade.maths import Maths
 from posttrain.grade.number import Number, boxed, numbers_in
+from posttrain.grade.overlap import Graded, grade_while
 from posttrain.grade.pairwise import PairVerdict, PairwiseJudge
 from posttrain.grade.panel import Panel
 from posttrain.grade.people import HumanGrade, HumanGrades, People
@@ -41,6 +44,7 @@ from posttrain.grade.url_guard import UrlGuard, UrlRefused
 from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
 
 __all__ = [
+    "INSTRUCTION_KINDS",
     "BinaryJudge",
     "Budget",
     "BudgetSpent",
@@ -48,10 +52,12 @@ __all__ = [
     "EnsembleScorer",
     "Exact",
     "Function",
+    "Graded",
     "HttpReward",
     "HumanGrade",
     "HumanGrades",
     "InputOutput",
+    "Instructions",
     "JudgeCache",
     "JudgeFailed",
     "JudgeModel",
@@ -89,6 +95,7 @@ __all__ = [
     "SqlResult",
     "StructuredChat",
     "TemplateJudge",
+    "Tools",
     "UnitTests",
     "UrlGuard",
     "UrlRefused",
@@ -103,7 +110,10 @@ __all__ = [
     "code_in",
     "evolve_rubric",
     "grade_all",
+    "grade_while",
     "human_eval_task",
+    "instruction_task",
+    "loose_forms",
     "mbpp_task",
     "normalised",
     "numbers_in",

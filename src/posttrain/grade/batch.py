@@ -35,27 +35,43 @@ async def grade_all(
     Returns:
         One grade for each trajectory, in order.
     """
-    if deadline_s is None:
-        deadline_s = float(getattr(grader, "deadline_s", DEADLINE_S))
-    if concurrency < 1 or deadline_s <= 0:
-        raise ConfigError(f"grade_all: concurrency and deadline_s must be above 0, not {concurrency} and {deadline_s}")
-    limit = getattr(grader, "max_concurrency", None)
-    places = asyncio.Semaphore(concurrency if limit is None else min(concurrency, limit))
-    if hasattr(grader, "prepare") and any(not trajectory.failed() for trajectory in trajectories):
-        try:
-            await grader.prepare()
-        except Exception as error:  # noqa: BLE001  a grader that cannot start fails every grade, as data
-            reason = f"could not be prepared: {type(error).__name__}: {error}"
-            return [_rollout_failure(grader, t) or _failure(grader, reason) for t in trajectories]
+    limits = GradingLimits(grader, deadline_s=deadline_s, concurrency=concurrency)
+    return await limits.grade(trajectories)
 
-    async def one(trajectory: Trajectory) -> Grade:
-        failure = _rollout_failure(grader, trajectory)
+
+class GradingLimits:
+    """A grader with its deadline and its places, which several batches under way at the same time share.
+
+    Args: as for `grade_all`.
+    """
+
+    def __init__(self, grader: Grader, *, deadline_s: float | None = None, concurrency: int = 32) -> None:
+        self.grader = grader
+        self.deadline_s = float(getattr(grader, "deadline_s", DEADLINE_S)) if deadline_s is None else deadline_s
+        if concurrency < 1 or self.deadline_s <= 0:
+            raise ConfigError(
+                f"grading: concurrency and deadline_s must be above 0, not {concurrency} and {self.deadline_s}"
+            )
+        limit = getattr(grader, "max_concurrency", None)
+        self._places = asyncio.Semaphore(concurrency if limit is None else min(concurrency, limit))
+
+    async def grade(self, trajectories: Sequence[Trajectory]) -> list[Grade]:
+        """One grade for each trajectory, in order; see `grade_all`."""
+        grader = self.grader
+        if hasattr(grader, "prepare") and any(not trajectory.failed() for trajectory in trajectories):
+            try:
+                await grader.prepare()
+            except Exception as error:  # noqa: BLE001  a grader that cannot start fails every grade, as data
+                reason = f"could not be prepared: {type(error).__name__}: {error}"
+                return [_rollout_failure(grader, t) or _failure(grader, reason) for t in trajectories]
+        return list(await asyncio.gather(*(self._one(trajectory) for trajectory in trajectories)))
+
+    async def _one(self, trajectory: Trajectory) -> Grade:
+        failure = _rollout_failure(self.grader, trajectory)
         if failure is not None:
             return failure
-        async with places:
-            return await _grade_one(grader, trajectory, deadline_s)
-
-    return list(await asyncio.gather(*(one(trajectory) for trajectory in trajectories)))
+        async with self._places:
+            return await _grade_one(self.grader, trajectory, self.deadline_s)
 
 
 def check_failures(grades: Sequence[Grade], max_failed: float = 0.05, *, min_failed: int = 2) -> None:

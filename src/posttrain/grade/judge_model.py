@@ -139,7 +139,7 @@ class JudgeModel:
                 spent; the message says which.
         """
         self.counts["asked"] += 1
-        key = content_hash([self.model, messages, self.sampling, schema, sample])
+        key = content_hash([self.model, messages, self.sampling, schema, sample]) if self.cache is not None else ""
         async with self._one_at_a_time(key):
             kept = self.cache.get(key) if self.cache is not None else None
             if kept is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any, TypeVar
@@ -21,8 +22,12 @@ class ReplyUnreadable(GradeError):
     """A judge's reply holds no verdict, or more than one."""
 
 
+@functools.lru_cache(maxsize=256)
 def reply_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The JSON schema of a verdict, closed and with every field required, as strict structured output wants it."""
+    """The JSON schema of a verdict, closed and with every field required, as strict structured output wants it.
+
+    The same dict every time: do not change it.
+    """
     schema = msgspec.json.schema(kind)
     definitions: dict[str, Any] = schema.pop("$defs", {})
     root: dict[str, Any] = definitions.pop(kind.__name__, schema)
