@@ -22,6 +22,7 @@ from typing import Annotated, Any, Protocol
 from posttrain import models
 from posttrain.core import Config, ConfigError, Example, doc
 from posttrain.recipes.policy import Policy
+from posttrain.recipes.workbench import Workbench
 from posttrain.train import Trainer
 
 LR_FACTOR = 10.0
@@ -100,6 +101,26 @@ def reference_of(policy: Policy, trainer: Trainer) -> GivesLogprobs:
     if policy.fresh_adapters:
         return _WithoutAdapters(trainer)
     return Trainer(copy.deepcopy(policy.model), trainer.config, trainer.objective, forward=trainer.forward)
+
+
+def add_parents(bench: Workbench, policy: Policy, given: str) -> list[str]:
+    """Register what a policy was loaded from: the model, or the adapters and their base.
+
+    Args:
+        bench: whose registry.
+        policy: as loaded.
+        given: what the user called it.
+
+    Returns:
+        Artifact ids, to be the parents of what is made from the policy.
+    """
+    folders = dict.fromkeys([policy.path, policy.base or policy.path])
+    return [
+        bench.registry.add_artifact(
+            folder, kind="model", name=given if len(folders) == 1 else folder.name, storage="reference"
+        ).id
+        for folder in folders
+    ]
 
 
 def save_tuned(policy: Policy, folder: Path) -> Path:

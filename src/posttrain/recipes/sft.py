@@ -1,8 +1,8 @@
 """Supervised fine-tuning: prompts and completions in, a tuned model out.
 
-The loss is the mean negative log-likelihood over what the assistant wrote (its end-of-turn token included), normalised
-by the step's tokens, so that accumulation and packing change nothing. Left out on purpose: everything that a batch of
-rows and an optimiser do not need.
+The loss is the negative log-likelihood of what the assistant wrote (its end-of-turn token included), normalised over
+the whole step, so that accumulation and packing change nothing. All weights learn, or those above a frozen prefix, or
+adapters. Left out on purpose: everything that a batch of rows and an optimiser do not need.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 from posttrain import data as rows
+from posttrain import models
 from posttrain.core import DataError, Example, RenderError, Task, TokenSequence, UsageError, recipe
 from posttrain.data import CompletionRow
+from posttrain.recipes.adapters import Lora, add_parents, save_tuned, tuned_part
 from posttrain.recipes.policy import load_policy
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
 from posttrain.render import Renderer
-from posttrain.train import TrainConfig
+from posttrain.train import SupervisedNormalise, TrainConfig
 
 
 @recipe
@@ -33,10 +35,21 @@ def sft(
     held_out: int = 64,
     epochs: float = 2.0,
     batch_size: int = 32,
-    lr: float = 5e-6,
+    lr: float | None = None,
     schedule: Literal["linear", "cosine", "constant"] = "linear",
     warmup: float = 0.03,
     weight_decay: float = 0.0,
+    normalise: SupervisedNormalise = "token",
+    neftune_alpha: float = 0.0,
+    freeze_layers: int = 0,
+    adapter: Path | None = None,
+    lora_rank: int = 0,
+    lora_alpha: float = 32.0,
+    lora_targets: tuple[str, ...] = (),
+    lora_dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
+    four_bit: bool = False,
     max_length: int = 2048,
     micro_tokens: int = 8192,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
@@ -52,7 +65,7 @@ def sft(
     nothing wants 1e-4 to 1e-3.
 
     Args:
-        model: folder of the model to tune, or a Hugging Face name.
+        model: folder of the model to tune, or a Hugging Face name; or a folder of adapters, which go on learning.
         data: rows with prompts and completions: JSONL, parquet, CSV, a saved `datasets` folder; TRL, Alpaca, ShareGPT.
         columns: which columns to read, as `prompt=question,completion=answer`.
         chat: wrap plain text prompts and completions as a user's and an assistant's turn of the chat template.
@@ -61,10 +74,21 @@ def sft(
         held_out: examples kept apart to measure the loss on.
         epochs: how often each example is seen.
         batch_size: examples per optimiser step.
-        lr: peak learning rate.
+        lr: peak learning rate; not given: 5e-6, with adapters ten times that.
         schedule: course of the learning rate after warm-up.
         warmup: fraction of the steps.
         weight_decay: of matrices.
+        normalise: token (mean over target tokens), sequence (mean over answers of each one's mean), or sum.
+        neftune_alpha: noise on the embeddings while training (NEFTune), 5 to 15; 0: none.
+        freeze_layers: freeze the embedding and so many of the first layers; 0: freeze nothing.
+        adapter: a folder of adapters in PEFT's format to put on the model and go on with.
+        lora_rank: train adapters (LoRA) of this rank; 0: train all weights.
+        lora_alpha: adapters count alpha / rank.
+        lora_targets: projections to adapt, as q_proj,v_proj; not given: all.
+        lora_dropout: of the adapters' input.
+        rslora: adapters count alpha / sqrt(rank).
+        dora: adapters learn norms apart from directions (DoRA).
+        four_bit: pack the base into 4 bits (QLoRA); needs the extra `quantised`.
         max_length: longer examples are left out and counted, tokens.
         micro_tokens: tokens per packed micro-batch.
         dtype: of matrix products; master weights are float32.
@@ -76,7 +100,12 @@ def sft(
     """
     options = dict(locals())
     with open_workbench("sft", options, runs=runs, resume=resume) as bench:
-        policy = load_policy(model, device=device, template=template)
+        policy = load_policy(model, device=device, template=template, adapter=adapter)
+        parents = add_parents(bench, policy, model)
+        lora = Lora.of(options)
+        policy = tuned_part(policy, lora, seed=seed)
+        if freeze_layers:
+            models.freeze_layers(policy.model, freeze_layers)
         source = bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
         loaded = rows.load(
             data, kind="completion", columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl"
@@ -89,7 +118,7 @@ def sft(
         steps = steps_of(len(kept), batch_size, epochs)
         config = Supervised(
             train=TrainConfig(
-                lr=lr,
+                lr=lora.lr(lr, 5e-6),
                 schedule=schedule,
                 warmup=warmup,
                 weight_decay=weight_decay,
@@ -102,13 +131,14 @@ def sft(
             steps=steps,
             evaluate_every=max(1, steps // 10),
             seed=seed,
+            normalise=normalise,
+            neftune_alpha=neftune_alpha,
         )
         summary = supervised_loop(bench, policy.model, kept, apart, config, title="sft")
-        tuned = policy.save(bench.run.path / "model")
+        tuned = save_tuned(policy, bench.run.path / "model")
         bench.registry.add_run(bench.run)
-        parent = bench.registry.add_artifact(policy.path, kind="model", name=str(model), storage="reference")
         card = bench.registry.add_artifact(
-            tuned, kind="model", name=name, parents=[source.id, parent.id], run=bench.run.id, storage="reference"
+            tuned, kind="model", name=name, parents=[source.id, *parents], run=bench.run.id, storage="reference"
         )
         if apart:
             bench.say(

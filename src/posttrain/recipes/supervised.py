@@ -9,7 +9,16 @@ from typing import Annotated
 from posttrain.core import Config, DataError, Example, TokenSequence, derive_seed, doc, generator
 from posttrain.models import Decoder
 from posttrain.recipes.workbench import Workbench
-from posttrain.train import TrainConfig, Trainer, load_latest, nll_objective, save_checkpoint
+from posttrain.train import (
+    SupervisedNormalise,
+    TrainConfig,
+    Trainer,
+    load_latest,
+    noisy_embeddings,
+    save_checkpoint,
+    supervised_objective,
+    token_forward,
+)
 
 
 class Supervised(Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,6 +30,8 @@ class Supervised(Config, frozen=True, kw_only=True, forbid_unknown_fields=True):
     evaluate_every: Annotated[int, doc("steps between measurements of the held-out loss; 0: only first and last")] = 0
     checkpoint_every: Annotated[int, doc("steps between checkpoints; 0: only at the end", ge=0)] = 100
     seed: Annotated[int, doc("decides the order of examples")] = 0
+    normalise: Annotated[SupervisedNormalise, doc("what the loss is a mean over, or its sum")] = "token"
+    neftune_alpha: Annotated[float, doc("noise on the embeddings in training; 0: none", ge=0)] = 0.0
 
 
 def steps_of(num_examples: int, batch_size: int, epochs: float) -> int:
@@ -57,7 +68,8 @@ def supervised_loop(
     Returns:
         `nll_before` and `nll_after` on the held-out examples (if there are any), `num_tokens`.
     """
-    trainer = Trainer(model, config.train, nll_objective)
+    forward = noisy_embeddings(token_forward, config.neftune_alpha) if config.neftune_alpha else token_forward
+    trainer = Trainer(model, config.train, supervised_objective(config.normalise), forward=forward)
     resumed = load_latest(bench.run.checkpoints, trainer, report=lambda line: bench.run.event("warning", text=line))
     summary: dict[str, float] = dict(resumed.extra) if resumed else {}
     bench.run.truncate_after(trainer.num_steps if resumed else -1)
