@@ -39,6 +39,10 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     ),
     "merge": ("posttrain.recipes.merge", "Merge models of one architecture and vocabulary into one."),
     "evaluate": ("posttrain.recipes.evaluate", "Evaluate a model on a file of tasks, with intervals."),
+    "judge_calibration": (
+        "posttrain.recipes.judge_calibration",
+        "Compare a judge with people's labels: agreement beyond chance, position, length, right and wrong.",
+    ),
     "flywheel": (
         "posttrain.recipes.flywheel",
         "The whole circle on a laptop: a text-to-SQL assistant from nothing, promoted, served, and tuned on its users.",

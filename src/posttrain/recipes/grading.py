@@ -8,8 +8,9 @@ from pathlib import Path
 
 from posttrain.core import Grader, UsageError
 from posttrain.grade import Exact, Maths, Number, SqlResult
+from posttrain.recipes.judging import judge_from
 
-WORDS = "exact, number, maths, sql:DATABASE[,DATABASE…], or FILE.py:NAME"
+WORDS = "exact, number, maths, sql:DATABASE[,DATABASE…], judge:URL#MODEL[,FILE.toml], or FILE.py:NAME"
 
 
 def grader_from(text: str) -> Grader:
@@ -17,7 +18,8 @@ def grader_from(text: str) -> Grader:
 
     Args:
         text: `exact` (normalised text), `number` (the last number, GSM8K's convention), `maths` (math-verify),
-            `sql:a.db,b.db` (result sets on these SQLite files), or `FILE.py:NAME`, a grader or what makes one.
+            `sql:a.db,b.db` (result sets on these SQLite files), `judge:URL#MODEL,FILE.toml` (a served model, with its
+            criteria and limits in the file), or `FILE.py:NAME`, a grader or what makes one.
 
     Raises:
         UsageError: no such grader, file or database.
@@ -32,6 +34,8 @@ def grader_from(text: str) -> Grader:
         if not databases or absent:
             raise UsageError(f"grader {text!r}: no such database {', '.join(absent) or '(none named)'}")
         return SqlResult(databases)
+    if word == "judge":
+        return judge_from(rest)
     if word.endswith(".py") and rest:
         return _from_file(Path(word), rest)
     raise UsageError(f"no grader {text!r}; give {WORDS}")
