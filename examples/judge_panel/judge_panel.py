@@ -1,0 +1,166 @@
+"""Ten judges score a GRPO run while it samples, and the sampler does not wait for them.
+
+    posttrain run examples/judge_panel/judge_panel.py
+
+The judges are scripts that take as long as served ones: log-normal around a second. The same small run is done with a
+grader that answers at once, with the panel asked after each step's sampling, and with the panel asked group by group
+while the rest of the step and the next step are sampled (one step off policy). Printed are wall time and the sampler's
+rate; they are the point here, not the policy.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import posttrain as pt
+from posttrain.core import Grader, Message
+from posttrain.grade import BinaryJudge, Function, Graded, JudgeModel, Panel, ScriptedChat, grade_while
+from posttrain.grade.judge_prompt import unfenced
+from posttrain.objectives import group_advantages
+from posttrain.recipes.group_stream import stream_groups
+from posttrain.recipes.policy import Policy
+from posttrain.recipes.pretrain import new_policy
+from posttrain.recipes.workbench import RUNS, open_workbench
+from posttrain.rollout import Group, to_examples
+
+WORDS = "ant bee cat dog elk fox gnu hen".split()
+
+
+def share_of_vowels(text: str) -> float:
+    """What the judges care for; any rule in which random answers differ will do."""
+    return sum(letter in "aeiou" for letter in text) / max(1, len(text))
+
+
+def scripted_judge(place: int, median_s: float) -> BinaryJudge:
+    """A judge with its own bar and its own clock."""
+    clock = random.Random(place)
+
+    def reply(messages: Sequence[Message]) -> str:
+        share = share_of_vowels(unfenced(messages[-1].content, "answer"))
+        return json.dumps({"rationale": f"vowels: {share:.2f}", "meets": share > 0.02 * place})
+
+    chat = ScriptedChat(reply, latency_s=lambda: clock.lognormvariate(0.0, 0.5) * median_s, model=f"judge-{place}")
+    return BinaryJudge(JudgeModel(chat), "The answer is full of vowels.", name=f"judge_{place}")
+
+
+class Run:
+    """One small GRPO run, and the seconds that it took."""
+
+    def __init__(self, policy: Policy, tasks: Sequence[pt.Task], grader: Grader, steps: int, max_tokens: int) -> None:
+        self.policy, self.tasks, self.grader, self.steps = policy, tasks, grader, steps
+        self.sampling = pt.Sampling(max_tokens=max_tokens, n=8, ignore_eos=True)  # the same work in every run
+        config = pt.train.TrainConfig(lr=1e-4, total_steps=steps, dtype="float32", schedule="constant")
+        self.trainer = pt.train.Trainer(policy.model, config, pt.train.policy_objective(importance_cap=2.0))
+        self.engine = policy.engine(slots=8 * len(tasks), length=policy.length_for(tasks, max_tokens))
+        self.sampling_s, self.wall_s, self.num_tokens = 0.0, 0.0, 0
+        self.latencies_s: list[float] = []
+
+    async def sampled(self, whole: bool) -> AsyncIterator[list[Group]]:
+        """Groups one by one as they are done, or a step's groups together (`whole`)."""
+        for step in range(self.steps):
+            started_s = time.perf_counter()
+            prompt = self.policy.renderer.prompt
+            stream = stream_groups(self.engine, self.tasks, self.sampling, prompt_tokens=prompt, seed=0, step=step)
+            held: list[Group] = []
+            left = len(self.tasks)
+            async for group in stream:
+                left -= 1
+                self.sampling_s += time.perf_counter() - started_s if left == 0 else 0.0
+                held.append(group)
+                if left == 0 or not whole:
+                    yield held
+                    held = []
+
+    async def go(self, *, overlap: bool) -> "Run":
+        """Sample, grade, train. Without overlap every step waits for its grades before anything else is done."""
+        started_s = time.perf_counter()
+        ahead = len(self.tasks) if overlap else 0
+        come = self.sampled(whole=not overlap)
+        step: list[Graded[list[Group]]] = []
+        async for graded in grade_while(come, self.grader, trajectories_of, concurrency=1024, ahead=ahead):
+            step.append(graded)
+            if sum(len(part.batch) for part in step) == len(self.tasks):
+                await self.train(step)
+                step = []
+        self.wall_s = time.perf_counter() - started_s
+        self.engine.close()
+        return self
+
+    async def train(self, step: Sequence[Graded[list[Group]]]) -> None:
+        """One step; in a thread, so that judges are listened to meanwhile."""
+        import torch
+
+        groups = [group for part in step for group in part.batch]
+        grades = [grade for part in step for grade in part.grades]
+        pt.grade.check_failures(grades)
+        self.latencies_s += [grade.seconds for grade in grades]
+        self.num_tokens += sum(t.num_completion_tokens() for group in groups for t in group.trajectories)
+        rewards_PG = torch.tensor([grade.score for grade in grades], dtype=torch.float64).view(len(groups), -1)
+        examples = to_examples(groups, group_advantages(rewards_PG, std=False).tolist())
+        await asyncio.to_thread(self.trainer.step, examples)
+        self.engine.update_weights(self.policy.model, version=self.trainer.num_steps)
+
+    def row(self, name: str) -> dict[str, float | str]:
+        """What is printed."""
+        return {
+            "run": name,
+            "wall_s": round(self.wall_s, 2),
+            "sampler_tokens_per_s": round(self.num_tokens / self.sampling_s, 1),
+            "grade_median_s": round(statistics.median(self.latencies_s), 3),
+            "grade_longest_s": round(max(self.latencies_s), 3),
+        }
+
+
+def trajectories_of(groups: Sequence[Group]) -> list[pt.Trajectory]:
+    """A batch's trajectories, group by group."""
+    return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+@pt.recipe
+def judge_panel(
+    *,
+    steps: int = 6,
+    prompts: int = 8,
+    max_tokens: int = 192,
+    judges: int = 10,
+    median_s: float = 1.0,
+    width: int = 192,
+    seed: int = 0,
+    runs: Path = RUNS,
+) -> list[dict[str, float | str]]:
+    """Measure what a panel of judges costs a GRPO run: at once, after sampling, and while sampling.
+
+    Args:
+        steps: GRPO steps of each run.
+        prompts: prompts per step, 8 answers each.
+        max_tokens: tokens of every answer.
+        judges: judges in the panel.
+        median_s: median seconds of a judge's answer; log-normal with sigma 0.5.
+        width: of the policy, a decoder of 4 layers.
+        seed: of its weights.
+        runs: folder of runs.
+    """
+    options = {"steps": steps, "prompts": prompts, "max_tokens": max_tokens, "judges": judges, "median_s": median_s}
+    tasks = [pt.Task(id=str(place), prompt=f"{place} words:") for place in range(prompts)]
+    at_once = Function(lambda trajectory: share_of_vowels(trajectory.text), "at_once")
+    arrangements = (("at once", at_once, False), ("panel after", None, False), ("panel while", None, True))
+    with open_workbench("judge_panel", {**options, "width": width, "seed": seed}, runs=runs) as bench:
+        rows = []
+        for name, grader, overlap in arrangements:
+            panel = Panel([scripted_judge(place, median_s) for place in range(judges)], "mean")
+            shape = {"vocab_size": 280, "width": width, "num_layers": 4, "num_heads": 4, "max_positions": 512}
+            policy = new_policy(WORDS, **shape, seed=seed, path=bench.run.path / name.replace(" ", "_"))
+            run = asyncio.run(Run(policy, tasks, grader or panel, steps, max_tokens).go(overlap=overlap))
+            rows.append(run.row(name))
+            bench.say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
+        base, after, while_ = (float(row["wall_s"]) for row in rows)
+        rates = [float(row["sampler_tokens_per_s"]) for row in rows]
+        bench.say(
+            f"the panel after sampling takes {after / base - 1:+.1%} wall time, while sampling {while_ / base - 1:+.1%}"
+        )
+        bench.say(f"the sampler's rate while the panel judges: {rates[2] / rates[0] - 1:+.1%}")
+        return rows
