@@ -88,8 +88,9 @@ def max_rl_advantages(rewards_PG: Tensor, *, valid_PG: Tensor | None = None) -> 
 
         A_i = (r_i − r̄) / r̄        0 where r̄ = 0
 
-    With rewards 0 and 1 the gradient is, on average, that of log P(right) expanded to order G, not of P(right): a
-    prompt that is solved once in ten tries counts about ten times as much as with Dr. GRPO.
+    With rewards 0 and 1 the gradient is, on average, that of log P(right) expanded in P(wrong) to order G − 1, not of
+    P(right): a prompt that is solved once in ten tries counts about ten times as much as with Dr. GRPO. (Without the
+    mean in the numerator, which lowers the variance, it is order G.)
 
     Args:
         rewards_PG: rank 2, none below 0.
