@@ -70,8 +70,8 @@ def encode(value: Any, other: Any) -> list[Any]:
         return ["k" if name == "collections.deque" else "l", [encode(item, other) for item in value]]
     if isinstance(value, types.GeneratorType) or name in _ITERATORS:
         return ["l", [encode(item, other) for item in value]]
-    if isinstance(value, type) and builtins.__dict__.get(value.__name__) is value:
-        return ["u", value.__name__]
+    if name.startswith("builtins.type") and builtins.__dict__.get(getattr(value, "__name__", "")) is value:
+        return ["u", getattr(value, "__name__", "")]
     if name in _BY_PARTS:
         return ["o", name, [encode(part, other) for part in _BY_PARTS[name](value)]]
     made: list[Any] = other(value)
