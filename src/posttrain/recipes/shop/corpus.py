@@ -17,6 +17,7 @@ from posttrain.recipes.shop.database import SCHEMA
 from posttrain.recipes.shop.grammar import AGGREGATES, ENDS, GROUPED, MEASURED, NOUNS, SIZE, TOPS
 from posttrain.recipes.shop.language import (
     Question,
+    any_value,
     combination_name,
     draw_phrase,
     every_value,
@@ -25,7 +26,7 @@ from posttrain.recipes.shop.language import (
 )
 
 # What a glossary entry is about, and how often.
-KINDS = {"conditions": 12, "ranking": 5, "measure": 2, "grouping": 1}
+KINDS = {"conditions": 7, "ranking": 5, "measure": 5, "grouping": 3}
 
 
 def pretraining_texts(
@@ -55,31 +56,34 @@ def _glossary_entry(draw: random.Random) -> str:
     """What one expression means: a noun with conditions, a ranking, a measure or a grouping."""
     kind = draw.choices(tuple(KINDS), tuple(KINDS.values()))[0]
     table = draw.choice(tuple(NOUNS))
-    noun = draw.choice(NOUNS[table])
     if kind == "conditions":
-        phrase, _, where, joined = draw_phrase(draw, table, draw.choice((1, 2)), every_value)
+        phrase, _, where, joined = draw_phrase(draw, table, draw.choice((1, 2, 2)), any_value)
         return _card(phrase, f"{from_clause(table, joined)} {where}")
     column, word = draw.choice(tuple(MEASURED[table].items()))
     if kind == "ranking":
         order, end = draw.choice(tuple(ENDS.items()))
         size = draw.choice(every_value(SIZE))
-        phrase, where = _ranked(draw, table, f"{TOPS[order]} {table}.{column}")
-        return _card(
-            f"the {size} {phrase} with the {end} {word}", f"{where} ORDER BY {table}.{column} {order} LIMIT {size}"
-        )
+        phrase, source = _filtered(draw, table, f"{TOPS[order]} {table}.{column}")
+        words = (f"the {size} {phrase} with the {end} {word}", f"{TOPS[order]} {size} {phrase} by {word}")
+        return _card(draw.choice(words), f"{source} ORDER BY {table}.{column} {order} LIMIT {size}")
     if kind == "measure":
         aggregate, adjectives = draw.choice(tuple(AGGREGATES.items()))
-        return _card(f"{draw.choice(adjectives)} {word} of {noun}", f"{aggregate}({table}.{column})")
+        phrase, source = _filtered(draw, table, f"{aggregate} {table}.{column}")
+        return _card(f"{draw.choice(adjectives)} {word} of {phrase}", f"{aggregate}({table}.{column}) {source}")
     group, word = draw.choice(tuple(GROUPED[table].items()))
-    return _card(f"{noun} {draw.choice(('per', 'by'))} {word}", f"GROUP BY {group}")
+    phrase, source = _filtered(draw, table, f"count by {group}", group)
+    return _card(f"{phrase} {draw.choice(('per', 'by'))} {word}", f"{source} GROUP BY {group}")
 
 
-def _ranked(draw: random.Random, table: str, ask: str) -> tuple[str, str]:
-    """What is ranked, with at most one condition, never one that makes a held-out combination with the ranking."""
+def _filtered(draw: random.Random, table: str, ask: str, group: str = "") -> tuple[str, str]:
+    """A noun with at most two conditions, never such as make a held-out combination with what is asked."""
+    needs = (group.split(".")[0],) if group and not group.startswith(f"{table}.") else ()
     while True:
-        phrase, conditions, where, joined = draw_phrase(draw, table, draw.choice((0, 1)), every_value)
+        phrase, conditions, where, joined = draw_phrase(
+            draw, table, draw.choice((0, 1, 1, 2)), any_value, without=f"{group}="
+        )
         if not is_held_out(combination_name(table, ask, conditions)):
-            return phrase, f"{from_clause(table, joined)} {where}".strip()
+            return phrase, f"{from_clause(table, (*needs, *joined))} {where}".strip()
 
 
 def _card(expression: str, sql: str) -> str:

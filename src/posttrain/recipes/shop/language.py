@@ -1,8 +1,9 @@
 """Questions and their queries, drawn from the grammar and split by construction.
 
-A question is a *combination of clauses* (table, what is asked, which columns are filtered) filled with values. One
-combination in five is held out, by a hash of its name, and so is one value in three of every open column. Training
-questions use neither; evaluation questions use a held-out combination *and*, in open columns, held-out values only.
+A question is a *combination of clauses* (table, what is asked, which columns are filtered) filled with values. Of the
+combinations with one condition one in ten is held out, of those with two one in five, by a hash of the name, and so is
+one value in three of every open column. Training questions use neither; evaluation questions use a held-out combination
+*and*, in open columns, held-out values only.
 Traffic, what users ask of a served model, is drawn from everything.
 """
 
@@ -33,7 +34,7 @@ from posttrain.recipes.shop.grammar import (
     Values,
 )
 
-HELD_OUT_SHARE = 5  # one combination in five
+HELD_OUT = (0, 10, 5)  # by the number of conditions, one combination in so many; 0: none
 FILTERS = (2, 5, 2)  # how often a question has no, one or two conditions
 FILTERS_IN_TRAINING = (1, 3, 5)  # training questions are the harder ones
 
@@ -43,6 +44,14 @@ Pool = Callable[[Values], Sequence[str | int]]
 def every_value(values: Values) -> tuple[str | int, ...]:
     """The values of training and of evaluation."""
     return values.train + values.evaluation
+
+
+def any_value(values: Values) -> tuple[str | int, ...]:
+    """Every value, and of an open number ten times as many: who reads them learns to copy, not to recall."""
+    numbers = [value for value in every_value(values) if isinstance(value, int)]
+    if not numbers or values.train == values.evaluation:
+        return every_value(values)
+    return tuple(range(10, max(numbers) + 1, 10))
 
 
 class Split(StrEnum):
@@ -159,10 +168,9 @@ def combination_name(table: str, ask: str, conditions: Sequence[Condition]) -> s
 
 
 def is_held_out(combination: str) -> bool:
-    """One combination with a filter in five; those without a filter are the language's own words and stay in."""
-    if combination.endswith("|"):
-        return False
-    return hashlib.sha256(combination.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    """Decided by a hash of the name; combinations without a condition are the language's own words and stay in."""
+    share = HELD_OUT[len(combination.rpartition("|")[2].split())]
+    return bool(share) and int.from_bytes(hashlib.sha256(combination.encode()).digest()[:4]) % share == 0
 
 
 def draw_phrase(
