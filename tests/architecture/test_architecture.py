@@ -24,10 +24,6 @@ VAGUE = {"utils", "util", "common", "misc", "helpers", "manager"}
 # Files over 400 lines and functions over 60, each with the reason why it is not cut.
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {
-    "recipes/sft.py:sft": "a recipe's options and their documentation",
-    "recipes/grpo.py:grpo": "a recipe's options and their documentation",
-    "recipes/pretrain.py:pretrain": "a recipe's options and their documentation",
-    "recipes/evaluate.py:evaluate": "a recipe's options and their documentation",
     "recipes/grpo.py:grpo_loop": "the whole loop in sight",
 }
 
@@ -98,11 +94,16 @@ def test_sizes_and_names(path: Path) -> None:
     assert text.count("\n") <= 400 or place in LONG_FILES, f"{place} has {text.count(chr(10))} lines"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            size = (node.end_lineno or node.lineno) - node.lineno + 1
+            begin = node.body[1].lineno if _is_recipe(node) else node.lineno  # a recipe's options are its manual
+            size = (node.end_lineno or begin) - begin + 1
             known = f"{place}:{node.name}" in LONG_FUNCTIONS or node.name == "__init__"
             assert size <= 80 or known, f"{place}:{node.lineno} {node.name} has {size} lines"
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{place}:{node.lineno}: a bare except"
+
+
+def _is_recipe(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any(isinstance(mark, ast.Name) and mark.id == "recipe" for mark in node.decorator_list)
 
 
 def test_recipes_are_one_page_each() -> None:
