@@ -30,7 +30,7 @@ RULES: dict[str, Callable[[str], str]] = {
     "D": lambda letters: "".join(sorted(letters, reverse=True)),
 }
 OTHER_RULE = {"S": 0.3, "F": 0.5, "D": 0.6}  # how often the corpus follows another rule
-START_STEPS, TEACHER_STEPS = 400, 200
+START_STEPS, TEACHER_STEPS = 600, 300
 SWAPPED = 0.2  # how often two neighbours are in the wrong order
 
 

@@ -1,7 +1,9 @@
 """Pre-training, small: text in, a tokenizer and a decoder out; or more text for a model that exists.
 
 Documents are packed and never see one another. Without `--model` a byte-level BPE is trained on the text and a
-Qwen3-shaped decoder starts from random weights.
+Qwen3-shaped decoder starts from random weights. With it this is continued pre-training: the learning rate is warmed and
+decayed anew, and `--replay` mixes in some of what the model has learned before, against forgetting (Ibrahim et al.,
+arXiv 2403.08763).
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from posttrain import data as rows
-from posttrain.core import DataError, Example, UsageError, recipe
+from posttrain.core import DataError, Example, UsageError, generator, recipe
 from posttrain.models import Decoder, DecoderConfig, num_parameters
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop, text_example
-from posttrain.recipes.workbench import RUNS, open_workbench
+from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
 from posttrain.render import CHATML, Renderer, Tokenizer
-from posttrain.train import TrainConfig
+from posttrain.train import TrainConfig, Trainer, nll_objective
 
 
 def new_policy(
@@ -72,11 +74,36 @@ def documents(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> li
     return examples
 
 
+def with_replay(examples: Sequence[Example], replay: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """The examples and so many tokens of replayed ones, drawn by the seed, that these are `share` of all.
+
+    Raises:
+        DataError: there is less to replay than that; says how much there is.
+    """
+    wanted = share / (1 - share) * sum(example.num_tokens() for example in examples)
+    order = list(replay)
+    generator(seed, "replay").shuffle(order)
+    drawn: list[Example] = []
+    taken = 0
+    for example in order:
+        if taken >= wanted:
+            break
+        drawn.append(example.replace(id=f"replay/{example.id}"))
+        taken += example.num_tokens()
+    if taken < wanted:
+        raise DataError(
+            f"{taken} tokens to replay are less than {share:.0%} of all; give more documents or a lower --replay-share"
+        )
+    return [*examples, *drawn]
+
+
 @recipe
 def pretrain(
     *,
     data: Path,
     model: str | None = None,
+    replay: Path | None = None,
+    replay_share: float = 0.05,
     columns: str | None = None,
     limit: int | None = None,
     held_out: int = 32,
@@ -103,6 +130,8 @@ def pretrain(
     Args:
         data: rows with text (`text` column, or prompts and completions, which are joined).
         model: folder or name of a model to go on with; without it one is made from nothing.
+        replay: rows like those the model has learned from before, mixed in against forgetting.
+        replay_share: of the tokens trained on, the share that is replayed.
         columns: which columns to read, as `text=body`.
         limit: read at most this many rows.
         held_out: documents kept apart to measure the loss on.
@@ -125,6 +154,8 @@ def pretrain(
         resume: run folder to go on with.
     """
     options = dict(locals())
+    if replay is not None and (model is None or not 0 < replay_share < 1):
+        raise UsageError(f"--replay needs --model, and a share between 0 and 1, not {replay_share}")
     with open_workbench("pretrain", options, runs=runs, resume=resume) as bench:
         parents = [bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference").id]
         loaded = rows.load(data, columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl")
@@ -147,7 +178,14 @@ def pretrain(
             parent = bench.registry.add_artifact(policy.path, kind="model", name=model, storage="reference")
             parents.append(parent.id)
         bench.say(f"{num_parameters(policy.model.config):,} parameters, {policy.tokenizer.vocab_size} tokens")
-        kept, apart = split_held_out(documents(policy.tokenizer, texts, max_length), held_out, seed)
+        longest = min(max_length, policy.model.config.max_positions)
+        kept, apart = split_held_out(documents(policy.tokenizer, texts, longest), held_out, seed)
+        old_apart: list[Example] = []
+        if replay is not None:
+            old, replayed = old_documents(bench, replay, policy, longest)
+            parents.append(replayed)
+            old, old_apart = split_held_out(old, held_out, seed)
+            kept = with_replay(kept, old, replay_share, seed)
         steps = steps_of(len(kept), batch_size, epochs)
         train = TrainConfig(
             lr=lr,
@@ -163,7 +201,11 @@ def pretrain(
         config = Supervised(
             train=train, batch_size=batch_size, steps=steps, evaluate_every=max(1, steps // 10), seed=seed
         )
+        known = Trainer(policy.model, train, nll_objective).evaluate(old_apart)["nll"] if old_apart else 0.0
         summary = supervised_loop(bench, policy.model, kept, apart, config, title="pretrain")
+        if old_apart:
+            after = Trainer(policy.model, train, nll_objective).evaluate(old_apart)["nll"]
+            bench.say(f"held-out loss on what is replayed {known:.4f} → {after:.4f} nats per token")
         made = policy.save(bench.run.path / "model")
         bench.registry.add_run(bench.run)
         card = bench.registry.add_artifact(
@@ -173,6 +215,14 @@ def pretrain(
             bench.say(f"held-out loss {summary['nll_before']:.4f} → {summary['nll_after']:.4f} nats per token")
         bench.say(f"model {card.short()} in {made}")
         return bench.run.path
+
+
+def old_documents(bench: Workbench, replay: Path, policy: Policy, max_length: int) -> tuple[list[Example], str]:
+    """The documents to replay, and the id of their artifact."""
+    source = bench.registry.add_artifact(replay, kind="dataset", name=replay.name, storage="reference")
+    loaded = rows.load(replay, quarantine=bench.run.path / "bad_replay_rows.jsonl")
+    bench.say(f"replay: {loaded.report.summary()}")
+    return documents(policy.tokenizer, [_text_of(row) for row in loaded.rows], max_length), source.id
 
 
 def _text_of(row: rows.TypedRow) -> str:
