@@ -99,7 +99,7 @@ def random_pairs(count: int = 6, seed: int = 0, dtype: torch.dtype = torch.float
         # 2 · (−2/4 + 5/5) − ½ = ½
         (lambda p: obj.simpo_losses(p, beta=2.0, gamma=0.5), -LOG_SIGMOID[0.5]),
         # p_w = e^−½, p_l = e^−1: odds 1.5414941 and 0.5819767, log of their ratio 0.9740770
-        (obj.orpo_log_odds, 0.9740770),
+        (lambda p: obj.orpo_log_odds(p), 0.9740770),
         (lambda p: obj.orpo_losses(p), math.log1p(math.exp(-0.9740770))),
         (lambda p: obj.nll_losses(p.chosen_E, p.chosen_tokens_E), 0.5),
         (lambda p: obj.nll_losses(p.chosen_E, 1.0), 2.0),
