@@ -81,7 +81,7 @@ def f_divergence(pairs: Pairs, kind: Divergence, *, alpha: float = 0.5) -> Pairs
     `exo_losses`, `discopop_losses`): in it the term that depends on the prompt alone cancels. (α − 1)·u is clamped
     to at most 80, beyond which float32 is infinite.
 
-    Source: Wang et al., https://arxiv.org/abs/2309.16240, table 1; the sign and scale are TRL's (`f_divergence_type`).
+    Source: Wang et al., https://arxiv.org/abs/2309.16240; the sign and scale are TRL's (`f_divergence_type`).
     """
 
     def score(log_ratio_E: Tensor) -> Tensor:
@@ -169,8 +169,7 @@ def wpo_weights(
     Returns:
         weights_S, no gradient.
 
-    Source: Zhou et al., https://arxiv.org/abs/2406.11827, equation 2 and section 3.2; with the alignment it is TRL's
-    `use_weighting`.
+    Source: Zhou et al., https://arxiv.org/abs/2406.11827, equation 2; with the alignment it is TRL's `use_weighting`.
     """
     logprobs_N = logprobs_N.detach()
     aligned_N = logprobs_N if log_collision_N is None else logprobs_N - log_collision_N.detach()

@@ -30,7 +30,7 @@ def dpo_losses(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Te
         label_smoothing: ε, the assumed share of flipped preferences, in [0, 0.5).
 
     Source: Rafailov et al., https://arxiv.org/abs/2305.18290, equation 7; Mitchell, "A note on DPO with noisy
-    preferences", https://ericmitchell.ai/cdpo.pdf; Tülu 3, https://arxiv.org/abs/2411.15124, section 5.1.
+    preferences", https://ericmitchell.ai/cdpo.pdf; Tülu 3, https://arxiv.org/abs/2411.15124.
     """
     return _of_difference(pairs.margin_E, beta, label_smoothing)
 
@@ -40,7 +40,7 @@ def robust_losses(pairs: Pairs, *, beta: float, label_smoothing: float) -> Tenso
 
         ( − (1 − ε) · log σ(β·Δ) + ε · log σ(−β·Δ) ) / (1 − 2·ε)
 
-    Source: Chowdhury et al., https://arxiv.org/abs/2403.00409, equation 12 (ε = 0.1 in section 6).
+    Source: Chowdhury et al., https://arxiv.org/abs/2403.00409, section 3.1 (ε = 0.1 in section 6).
     """
     _check_smoothing(label_smoothing)
     logits_E = beta * pairs.margin_E
@@ -70,8 +70,8 @@ def hinge_losses(pairs: Pairs, *, beta: float, delta: float = 1.0) -> Tensor:
 
     SLiC-HF as published has no reference and β = 1: give pairs without reference and the margin δ.
 
-    Source: Zhao et al., https://arxiv.org/abs/2305.10425, equation 1; with a reference: Liu et al.,
-    https://arxiv.org/abs/2309.06657, equation 10.
+    Source: Zhao et al., https://arxiv.org/abs/2305.10425, section 2; with a reference: Liu et al.,
+    https://arxiv.org/abs/2309.06657.
     """
     return F.relu(delta - beta * pairs.margin_E)
 
@@ -99,7 +99,7 @@ def nca_losses(pairs: Pairs, *, beta: float) -> Tensor:
 
         − log σ(β·ρ_w) − ½ · log σ(−β·ρ_w) − ½ · log σ(−β·ρ_l)
 
-    Source: Chen et al., https://arxiv.org/abs/2402.05369, equation 11 with K = 2 and a hard preference.
+    Source: Chen et al., https://arxiv.org/abs/2402.05369, section 4.1, with K = 2 and a hard preference.
     """
     chosen_E, rejected_E = beta * pairs.chosen_ratio_E, beta * pairs.rejected_ratio_E
     return -F.logsigmoid(chosen_E) - 0.5 * F.logsigmoid(-chosen_E) - 0.5 * F.logsigmoid(-rejected_E)
@@ -215,7 +215,7 @@ def orpo_losses(pairs: Pairs) -> Tensor:
 
     The whole loss adds the NLL of the chosen answer: nll_losses + λ · orpo_losses, λ = 0.1.
 
-    Source: Hong et al., https://arxiv.org/abs/2403.07691, equations 6 and 7.
+    Source: Hong et al., https://arxiv.org/abs/2403.07691, equations 4 and 7.
     """
     return -F.logsigmoid(orpo_log_odds(pairs))
 
@@ -242,8 +242,8 @@ def nll_losses(chosen_E: Tensor, divisor: Tensor | float) -> Tensor:
         chosen_E: log-likelihood of each chosen answer (and its prompt, for ORPO as its authors ran it).
         divisor: E tokens, or one number; positive.
 
-    Source: Pang et al., https://arxiv.org/abs/2404.19733, equation 1 (weight 1); Llama 3,
-    https://arxiv.org/abs/2407.21783, section 4.1.4 (weight 0.2); CPO, https://arxiv.org/abs/2401.08417, equation 5.
+    Source: Pang et al., https://arxiv.org/abs/2404.19733 (weight 1); Llama 3,
+    https://arxiv.org/abs/2407.21783, section 4.1.4 (weight 0.2); CPO, https://arxiv.org/abs/2401.08417.
     """
     return -chosen_E / divisor
 

@@ -101,7 +101,7 @@ def bco(
     Returns:
         The loss, rank 0, and `rewards/chosen`, `rewards/rejected` and `delta`.
 
-    Source: Jung et al., https://arxiv.org/abs/2404.04656, section 4, equations 10 to 12.
+    Source: Jung et al., https://arxiv.org/abs/2404.04656, section 4.
     """
     _check(log_ratio_E, label_E, denominator)
     rewards_E = beta * log_ratio_E

@@ -33,7 +33,7 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "kto": Method(0.1, 5e-6, "KTO, arXiv 2402.01306, section 4.2 (batch 8 to 128)"),
+    "kto": Method(0.1, 5e-6, "KTO, arXiv 2402.01306, and its authors' code (batch 8 to 128)"),
     "bco": Method(0.01, 5e-7, "BCO, arXiv 2404.04656, appendix C (batch 128); the shift of each step by itself"),
     "apo_zero_unpaired": Method(0.1, 2e-7, "APO, arXiv 2408.06266, section 5.2, taken apart as in TRL"),
 }

@@ -112,7 +112,7 @@ METHODS: dict[str, Method] = {
         lr=5e-7,
         of_margin=True,
         smooths=True,
-        source="Tülu 3 8B, arXiv 2411.15124, table 18 (batch 128, warm-up 0.1)",
+        source="Tülu 3 8B, arXiv 2411.15124 (batch 128, warm-up 0.1)",
     ),
     "rpo": Method(
         loss=_smooth(obj.dpo_losses),
