@@ -10,6 +10,7 @@ from posttrain.core import Environment, Message, StepResult, Task, ToolSpec, Usa
 from posttrain.rollout.tools import Tool, Toolbox
 
 Judge = Callable[[Task, Sequence[Message]], float | Awaitable[float]]
+Tools = Sequence[Tool | Callable[..., Any]]
 CloseTools = Callable[[], Awaitable[None] | None]
 
 
@@ -17,7 +18,8 @@ class ToolEnvironment:
     """Answers calls with the tools' results until the policy answers without one.
 
     Args:
-        tools: tools or typed functions; bound methods of an object made for this episode keep its state.
+        tools: tools or typed functions, or what makes them of the task, plain or async; bound methods of an object
+            that was made for this episode keep its state.
         judge: the reward at the end, from the task and the whole conversation; plain or async. None: 0.
         partner: what answers turns without calls, such as a `SimulatedUser`; the episode then ends when it says so.
             None: the first turn without calls is the last.
@@ -30,7 +32,7 @@ class ToolEnvironment:
 
     def __init__(
         self,
-        tools: Sequence[Tool | Callable[..., Any]],
+        tools: Tools | Callable[[Task], Tools | Awaitable[Tools]],
         *,
         judge: Judge | None = None,
         partner: Environment | None = None,
@@ -40,7 +42,8 @@ class ToolEnvironment:
         failed_reward: float = 0.0,
         on_close: CloseTools | None = None,
     ) -> None:
-        self.toolbox = Toolbox(tools, timeout_s=timeout_s, max_characters=max_characters)
+        self._tools, self._timeout_s, self._max_characters = tools, timeout_s, max_characters
+        self._toolbox: Toolbox | None = None if callable(tools) else self._boxed(tools)
         self._judge, self._partner, self._system = judge, partner, system
         self._failed_reward, self._on_close = failed_reward, on_close
         self._task: Task | None = None
@@ -49,11 +52,14 @@ class ToolEnvironment:
     @property
     def tools(self) -> Sequence[ToolSpec]:
         """What the policy may call."""
-        return self.toolbox.specs
+        return () if self._toolbox is None else self._toolbox.specs
 
     async def reset(self, task: Task) -> Sequence[Message]:
         """The task's prompt, or what the partner says first."""
         self._task = task
+        if callable(self._tools):
+            made = self._tools(task)
+            self._toolbox = self._boxed(await made if inspect.isawaitable(made) else made)
         if self._partner is not None:
             opening = list(await self._partner.reset(task))
         else:
@@ -81,8 +87,13 @@ class ToolEnvironment:
             if inspect.isawaitable(closing):
                 await closing
 
+    def _boxed(self, tools: Tools) -> Toolbox:
+        return Toolbox(tools, timeout_s=self._timeout_s, max_characters=self._max_characters)
+
     async def _call(self, action: Message) -> StepResult:
-        outcomes = await self.toolbox.call_all(action.tool_calls)
+        if self._toolbox is None:
+            raise UsageError("the environment was stepped before it was reset")
+        outcomes = await self._toolbox.call_all(action.tool_calls)
         failures = sum(outcome.failed for outcome in outcomes)
         return StepResult(
             messages=tuple(outcome.message for outcome in outcomes),

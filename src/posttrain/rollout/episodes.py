@@ -113,6 +113,28 @@ async def _run_group(settings: EpisodeSettings, task: Task, parties: _Parties) -
     return Group(task=task, trajectories=tuple(episode.trajectory() for episode in episodes))
 
 
+async def play_together(episodes: Sequence[Episode], sampler: SampleTokens | None) -> None:
+    """Episodes that depend on one another, each from its opening to its end, all at the same time.
+
+    Args:
+        episodes: with settings of their own; their environments may wait for each other (`parked`).
+        sampler: a `Lockstep` that they share, or anything else.
+    """
+    parties = _Parties(sampler)
+    parties.join(len(episodes))
+
+    async def play(episode: Episode) -> None:
+        try:
+            await episode.open()
+            for _, completion in await _first_turns(episode.settings, [episode] if episode.going else []):
+                await episode.play(completion)
+            await episode.close()
+        finally:
+            parties.leave(1)
+
+    await _all(play(episode) for episode in episodes)
+
+
 async def _play(episode: Episode, completion: Completion, parties: _Parties) -> None:
     try:
         await episode.play(completion)
@@ -137,7 +159,7 @@ async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
 class _Parties:
     """The episodes for whose turns a `Lockstep` waits; nothing for other samplers."""
 
-    def __init__(self, sampler: SampleTokens) -> None:
+    def __init__(self, sampler: SampleTokens | None) -> None:
         self._lockstep = sampler if isinstance(sampler, Lockstep) else None
         self.count = 0
 

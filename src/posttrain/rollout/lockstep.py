@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
+from types import TracebackType
 
 from posttrain.core import Completion, SampleRequest, SampleTokens
 
@@ -88,15 +88,29 @@ def _settle(done: asyncio.Future[list[list[Completion]]], result: list[list[Comp
         done.set_result(result)
 
 
-@contextmanager
-def parked() -> Iterator[None]:
-    """While an environment waits for another episode: the others' turns need not wait for this one's."""
-    lockstep = _current.get()
-    if lockstep is None:
-        yield
-        return
-    lockstep.leave()
-    try:
-        yield
-    finally:
-        lockstep.join()
+class Parked:
+    """While an environment waits for another episode, the others' turns do not wait for its own.
+
+    with Parked() as place: … wait …      whoever wakes it may say so at once, with `place.resume()`
+    """
+
+    def __init__(self) -> None:
+        self._lockstep = _current.get()
+        self._away = False
+
+    def resume(self) -> None:
+        """It goes on: the others' turns wait for it again."""
+        if self._away and self._lockstep is not None:
+            self._away = False
+            self._lockstep.join()
+
+    def __enter__(self) -> Parked:
+        if self._lockstep is not None:
+            self._away = True
+            self._lockstep.leave()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.resume()

@@ -16,6 +16,10 @@ from posttrain.core import ConfigError, Message, Record, ToolCall, ToolSpec
 _ARGUMENT = re.compile(r"^ {4}(\w+)(?: \([^)]*\))?: (.*)$")
 
 
+class ToolError(Exception):
+    """What a tool raises to say, in words for the policy, what went wrong."""
+
+
 class ToolAnswer(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a tool may return besides a plain value: a text for the policy, with a reward or the episode's end."""
 
@@ -144,6 +148,8 @@ class Toolbox:
                 result = await tool.call(call.arguments)
         except msgspec.ValidationError as error:
             return self._failed(call, f"wrong arguments for {call.name}: {error}")
+        except ToolError as error:
+            return self._failed(call, str(error))
         except Exception as error:  # noqa: BLE001  a tool may fail in any way; the policy reads how
             if clock.expired():
                 return self._failed(call, f"{call.name} took longer than {self.timeout_s:g} s")
