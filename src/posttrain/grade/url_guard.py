@@ -17,7 +17,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_SHARED = ipaddress.IPv4Network("100.64.0.0/10")  # carriers' and clouds' own (one cloud's metadata is in it)
+# Carriers' and clouds' own (one cloud's metadata is in it), and protocol assignments: not private, nor public.
+_SHARED = (ipaddress.IPv4Network("100.64.0.0/10"), ipaddress.IPv4Network("192.0.0.0/24"))
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -122,30 +123,30 @@ class UrlGuard:
             address: Address = ipaddress.ip_address(text)
         except ValueError:
             return False
-        inner = [address, *_embedded(address)]
-        if any(each in network for each in inner[-1:] for network in self._allowed if network.version == each.version):
+        meant = _meant(address)
+        if any(meant[-1] in network for network in self._allowed if network.version == meant[-1].version):
             return True
-        return all(_is_public(each) for each in inner)
+        return all(_is_public(each) for each in meant)
 
 
 def _is_public(address: Address) -> bool:
-    if isinstance(address, ipaddress.IPv4Address) and address in _SHARED:
+    if isinstance(address, ipaddress.IPv4Address) and any(address in network for network in _SHARED):
         return False
     special = address.is_multicast or address.is_reserved or address.is_unspecified or address.is_link_local
     return address.is_global and not special and not address.is_private and not address.is_loopback
 
 
-def _embedded(address: Address) -> list[Address]:
-    """The IPv4 address that an IPv6 address stands for, by mapping, NAT64, 6to4 or Teredo."""
+def _meant(address: Address) -> list[Address]:
+    """The addresses that a packet would reach: of an IPv6 address that stands for an IPv4 address, that one."""
     if not isinstance(address, ipaddress.IPv6Address):
-        return []
+        return [address]
     if address.ipv4_mapped is not None:
         return [address.ipv4_mapped]
     if address in _NAT64:
         return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
     if address.sixtofour is not None:
-        return [address.sixtofour]
-    return [] if address.teredo is None else [address.teredo[1]]
+        return [address, address.sixtofour]
+    return [address] if address.teredo is None else [address, address.teredo[1]]
 
 
 async def _system_resolve(host: str, port: int) -> Sequence[str]:
