@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.core import ConfigError, EvalReport, EvaluateError, RegistryError, UsageError, read_metrics
+from posttrain.core import ConfigError, DataError, EvalReport, EvaluateError, RegistryError, UsageError, read_metrics
 from posttrain.recipes.evaluate import evaluate
 from posttrain.recipes.grpo import grpo
 from posttrain.recipes.policy import load_policy
@@ -176,3 +176,36 @@ def test_grpo_says_what_is_wrong(
         grpo.run_with({**values, **changes})
     (run,) = (tmp_path / "runs").glob("*-grpo-*")
     assert RunFolder.open(run, read_only=True).state.status == "failed"
+
+
+def test_rows_that_give_an_evaluation_task_away_are_dropped_and_counted(folder: Path, base: str) -> None:
+    write(
+        folder / "exam.jsonl", [{"prompt": "3 and one make", "answer": "4"}, {"prompt": "What else?", "answer": "no"}]
+    )
+    run = sft.run_with(
+        {
+            "model": base,
+            "data": str(folder / "pairs.jsonl"),
+            "evaluation": [str(folder / "exam.jsonl")],
+            "held_out": 4,
+            "epochs": 1,
+            "runs": str(folder / "runs"),
+        }
+    )
+    found = json.loads((run / "contamination.json").read_text())
+    assert len(found["dropped"]) == 1
+    assert len(found["clean"]) == 23
+    assert found["sets"]["exam"]["num_matched"] == 1
+    with Registry(folder / "runs" / "registry.db") as registry:
+        source = next(item for item in registry.artifacts("dataset") if item.name == "pairs.jsonl")
+        assert source.meta == {"contamination": {"exam": 0.0}, "dropped": 1}
+    write(folder / "all.jsonl", [{"prompt": f"{number} and one make", "answer": "?"} for number in range(24)])
+    with pytest.raises(DataError, match="all 24 training rows are in the evaluation files all"):
+        sft.run_with(
+            {
+                "model": base,
+                "data": str(folder / "pairs.jsonl"),
+                "evaluation": [str(folder / "all.jsonl")],
+                "runs": str(folder / "runs"),
+            }
+        )

@@ -8,6 +8,7 @@ given outweigh them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from posttrain.recipes.preference_loop import Measured, measure_pairs, preferenc
 from posttrain.recipes.preference_methods import method_named
 from posttrain.recipes.preference_rendering import pair_examples
 from posttrain.recipes.preference_run import check_reference, get_ready, keep_tuned, load_pairs
-from posttrain.recipes.workbench import RUNS, open_workbench
+from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
 from posttrain.train import collision_forward, token_forward, with_step_scalars
 
 
@@ -42,6 +43,7 @@ def dpo(
     template: Path | None = None,
     limit: int | None = None,
     held_out: int = 64,
+    evaluation: tuple[Path, ...] = (),
     epochs: float = 1.0,
     batch_size: int = 32,
     warmup: float = 0.1,
@@ -74,6 +76,7 @@ def dpo(
         template: a chat template file that replaces the model's own.
         limit: read at most this many rows.
         held_out: pairs kept apart to measure on.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         epochs: how often each pair is seen.
         batch_size: pairs per optimiser step.
         warmup: fraction of the steps.
@@ -86,54 +89,62 @@ def dpo(
         runs: folder of runs.
         resume: run folder to go on with.
     """
-    return _run(dict(locals()))
+    options = dict(locals())
+    with open_workbench("dpo", options, runs=runs, resume=resume) as bench:
+        return run_dpo(bench, options)
 
 
-def _run(options: dict[str, Any]) -> Path:
+def run_dpo(bench: Workbench, options: Mapping[str, Any]) -> Path:
+    """The recipe's work in a run that is open: its own, or a stage of a longer recipe.
+
+    Args:
+        bench: the run.
+        options: those of `dpo`, all of them, by name.
+
+    Returns:
+        The run's folder; the tuned model is in its `model`, registered as `options["name"]`.
+    """
     given = {key: options[key] for key in ("beta", "lr", "label_smoothing", "gamma", "nll_coef")}
     method = replace(method_named(options["loss"]), **{key: value for key, value in given.items() if value is not None})
     objective = method.objective(options["divergence"])
     check_reference(options)
-    with open_workbench("dpo", options, runs=options["runs"], resume=options["resume"]) as bench:
 
-        def make(policy: Policy, longest: int) -> list[Example]:
-            return pair_examples(
-                bench,
-                policy.renderer,
-                load_pairs(bench, options),
-                longest,
-                chat=options["chat"],
-                mask_format=method.mask_format,
-                nll_over_prompt=method.nll_over_prompt,
-            )
-
-        ready = get_ready(
+    def make(policy: Policy, longest: int) -> list[Example]:
+        return pair_examples(
             bench,
-            options,
-            objective=objective,
-            lr=method.lr,
-            mode=options["reference"] if method.reference else "none",
-            make=make,
-            forward=collision_forward if method.pair_weights == "wpo" else token_forward,
+            policy.renderer,
+            load_pairs(bench, options),
+            longest,
+            chat=options["chat"],
+            mask_format=method.mask_format,
+            nll_over_prompt=method.nll_over_prompt,
         )
-        trainer, reference = ready.trainer, ready.reference
-        bench.say(
-            f"{options['loss']}: beta {method.beta:g}, lr {method.lr:g}, {ready.loop.steps} steps ({method.source})"
-        )
-        pairs, held_out = (reference.before_training(part) for part in (ready.examples, ready.held_out))
 
-        def measure() -> Measured:
-            return measure_pairs(trainer, reference.at_step(held_out), beta=method.beta, per_token=method.per_token)
+    ready = get_ready(
+        bench,
+        options,
+        objective=objective,
+        lr=method.lr,
+        mode=options["reference"] if method.reference else "none",
+        make=make,
+        forward=collision_forward if method.pair_weights == "wpo" else token_forward,
+    )
+    trainer, reference = ready.trainer, ready.reference
+    bench.say(f"{options['loss']}: beta {method.beta:g}, lr {method.lr:g}, {ready.loop.steps} steps ({method.source})")
+    pairs, held_out = (reference.before_training(part) for part in (ready.examples, ready.held_out))
 
-        summary = preference_loop(
-            bench,
-            trainer,
-            pairs,
-            ready.loop,
-            prepare=lambda step: with_step_scalars(reference.at_step(step)),
-            measure=measure if held_out else None,
-            title="dpo",
-        )
-        keep_tuned(bench, options, ready.policy, ready.data_id)
-        say_ranking(bench, summary)
-        return bench.run.path
+    def measure() -> Measured:
+        return measure_pairs(trainer, reference.at_step(held_out), beta=method.beta, per_token=method.per_token)
+
+    summary = preference_loop(
+        bench,
+        trainer,
+        pairs,
+        ready.loop,
+        prepare=lambda step: with_step_scalars(reference.at_step(step)),
+        measure=measure if held_out else None,
+        title="dpo",
+    )
+    keep_tuned(bench, options, ready.policy, ready.data_id)
+    say_ranking(bench, summary)
+    return bench.run.path

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from posttrain import data as rows
 from posttrain.core import Sampling, recipe
 from posttrain.evaluate import Suite
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
 from posttrain.recipes.policy import load_policy
 from posttrain.recipes.rl_credit import advantages_of, with_reference
@@ -46,6 +47,7 @@ def grpo(
     template: Path | None = None,
     limit: int | None = None,
     held_out: int = 0,
+    evaluation: tuple[Path, ...] = (),
     variant: Variant | None = None,
     steps: int = 100,
     prompts_per_step: int = 16,
@@ -116,6 +118,7 @@ def grpo(
         template: a chat template file that replaces the model's own.
         limit: read at most this many rows.
         held_out: tasks kept apart and evaluated greedily every 20 steps.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         variant: published settings to begin with: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, max_rl.
         steps: sampling steps.
         prompts_per_step: prompts per step.
@@ -181,6 +184,7 @@ def grpo(
         )
         bench.say(loaded.report.summary())
         tasks = [rows.to_task(row, chat=chat) for row in loaded.rows]
+        tasks = without_evaluation(bench, tasks, evaluation, source)
         apart, kept = tasks[:held_out], tasks[held_out:]
         greedy = Sampling(
             max_tokens=max_tokens, temperature=0.0, stop_tokens=tuple(sorted(policy.renderer.stop_tokens))

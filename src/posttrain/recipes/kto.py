@@ -58,6 +58,7 @@ def kto(
     template: Path | None = None,
     limit: int | None = None,
     held_out: int = 64,
+    evaluation: tuple[Path, ...] = (),
     epochs: float = 1.0,
     batch_size: int = 32,
     warmup: float = 0.1,
@@ -87,6 +88,7 @@ def kto(
         template: a chat template file that replaces the model's own.
         limit: read at most this many rows.
         held_out: answers kept apart to measure on.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         epochs: how often each answer is seen.
         batch_size: answers per optimiser step.
         warmup: fraction of the steps.

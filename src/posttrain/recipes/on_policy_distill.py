@@ -24,6 +24,7 @@ from posttrain import data as rows
 from posttrain.core import Config, DataError, Example, Sampling, Task, UsageError, doc, generator, read_metrics, recipe
 from posttrain.data import CompletionRow
 from posttrain.models import resolve
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.distill import beta_of
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.sft import completion_examples
@@ -184,6 +185,7 @@ def on_policy_distill(
     chat: bool = False,
     template: Path | None = None,
     limit: int | None = None,
+    evaluation: tuple[Path, ...] = (),
     steps: int = 100,
     prompts_per_step: int = 16,
     samples: int = 4,
@@ -215,6 +217,7 @@ def on_policy_distill(
         chat: make text prompts a user's turn of the chat template.
         template: a chat template file that replaces the student's own.
         limit: read at most this many rows.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         steps: optimiser steps.
         prompts_per_step: prompts per step.
         samples: answers per prompt.
@@ -244,6 +247,7 @@ def on_policy_distill(
         loaded = rows.load(data, kind=kind, columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl")
         bench.say(loaded.report.summary())
         tasks = [rows.to_task(row, chat=chat) for row in loaded.rows]
+        tasks = without_evaluation(bench, tasks, evaluation, source)
         if not tasks:
             raise DataError(f"{data}: no prompts")
         pairs = [row for row in loaded.rows if isinstance(row, CompletionRow)]

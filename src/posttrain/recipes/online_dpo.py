@@ -23,6 +23,7 @@ from posttrain.core import Config, Example, Grade, Grader, Sampling, Task, Token
 from posttrain.evaluate import Suite, run_suite
 from posttrain.grade import check_failures as check_grades
 from posttrain.grade import grade_all, reward_metrics
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.preference_methods import Method, method_named
@@ -207,6 +208,7 @@ def online_dpo(
     template: Path | None = None,
     limit: int | None = None,
     held_out: int = 0,
+    evaluation: tuple[Path, ...] = (),
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     device: str = "cpu",
     seed: int = 0,
@@ -235,6 +237,7 @@ def online_dpo(
         chat: make text prompts a user's turn of the chat template.
         template: a chat template file that replaces the model's own.
         limit: read at most this many rows.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         held_out: tasks kept apart and evaluated greedily.
         dtype: of the trainer's matrix products.
         device: cpu, cuda, cuda:0 …
@@ -264,6 +267,7 @@ def _run(options: dict[str, Any]) -> Path:
         )
         bench.say(loaded.report.summary())
         tasks = [rows.to_task(row, chat=options["chat"]) for row in loaded.rows]
+        tasks = without_evaluation(bench, tasks, options["evaluation"], source)
         apart, kept = tasks[: options["held_out"]], tasks[options["held_out"] :]
         stops = tuple(sorted(policy.renderer.stop_tokens))
         greedy = Sampling(max_tokens=config.max_tokens, temperature=0.0, stop_tokens=stops)

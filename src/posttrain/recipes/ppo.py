@@ -19,6 +19,7 @@ from posttrain import models
 from posttrain.core import Grader, Sampling, Task, read_metrics, recipe
 from posttrain.evaluate import Suite
 from posttrain.models import ScoredDecoder
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.rl_actor_critic import ActorCritic, Ppo, value_model
@@ -103,6 +104,7 @@ def ppo(
     template: Path | None = None,
     limit: int | None = None,
     held_out: int = 0,
+    evaluation: tuple[Path, ...] = (),
     value: str = "policy",
     steps: int = 100,
     prompts_per_step: int = 64,
@@ -154,6 +156,7 @@ def ppo(
         chat: make text prompts a user's turn of the chat template.
         template: a chat template file that replaces the model's own.
         limit: read at most this many rows.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         held_out: tasks kept apart and evaluated greedily every 20 steps.
         value: what the value model begins as: policy, scratch, or the folder of a reward model.
         steps: sampling steps.
@@ -203,6 +206,7 @@ def ppo(
         )
         bench.say(loaded.report.summary())
         tasks = [rows.to_task(row, chat=chat) for row in loaded.rows]
+        tasks = without_evaluation(bench, tasks, evaluation, source)
         apart, kept = tasks[:held_out], tasks[held_out:]
         greedy = Sampling(
             max_tokens=max_tokens, temperature=0.0, stop_tokens=tuple(sorted(policy.renderer.stop_tokens))

@@ -10,11 +10,13 @@ from posttrain import data as rows
 from posttrain.core import Example, UsageError
 from posttrain.data import LabelRow, PreferenceRow
 from posttrain.models import LoraConfig, add_adapters
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.preference_loop import PreferenceLoop
 from posttrain.recipes.reference_cache import Reference, ReferenceMode, model_fingerprint
 from posttrain.recipes.supervised import split_held_out, steps_of
 from posttrain.recipes.workbench import Workbench
+from posttrain.registry import Artifact
 from posttrain.train import Forward, Objective, TrainConfig, Trainer, token_forward
 
 
@@ -44,14 +46,14 @@ def load_pairs(bench: Workbench, options: Mapping[str, Any]) -> list[PreferenceR
     """The preference rows that the options name."""
     read = rows.load(options["data"], kind="preference", **_reading(bench, options))
     bench.say(read.report.summary())
-    return list(read.rows)
+    return without_evaluation(bench, list(read.rows), options["evaluation"], _source(bench, options))
 
 
 def load_labels(bench: Workbench, options: Mapping[str, Any]) -> list[LabelRow]:
     """The labelled answers that the options name; pairs are taken apart."""
     read = rows.load(options["data"], kind="unpaired", **_reading(bench, options))
     bench.say(read.report.summary())
-    return list(read.rows)
+    return without_evaluation(bench, list(read.rows), options["evaluation"], _source(bench, options))
 
 
 def get_ready(
@@ -75,9 +77,8 @@ def get_ready(
         make: from the policy and the longest sequence, in tokens, to examples.
         forward: of the trainer.
     """
-    data: Path = options["data"]
     policy = load_policy(options["model"], device=options["device"], template=options["template"])
-    source = bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
+    source = _source(bench, options)
     examples = make(policy, min(options["max_length"], policy.model.config.max_positions))
     kept, apart = split_held_out(examples, options["held_out"], options["seed"])
     steps = steps_of(len(kept), options["batch_size"], options["epochs"])
@@ -116,6 +117,11 @@ def keep_tuned(bench: Workbench, options: Mapping[str, Any], policy: Policy, dat
         storage="reference",
     )
     bench.say(f"model {card.short()} in {tuned}")
+
+
+def _source(bench: Workbench, options: Mapping[str, Any]) -> Artifact:
+    data: Path = options["data"]
+    return bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
 
 
 def _reading(bench: Workbench, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from posttrain.grade import check_failures as check_grades
 from posttrain.grade import grade_all, reward_metrics
 from posttrain.models import resolve
 from posttrain.recipes.best_of import Keep, Kept, example_of, select, selection_metrics, without_repetitions
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
@@ -223,6 +224,7 @@ def rejection_sampling(
     batch_size: int = 32,
     lr: float = 1e-5,
     held_out: int = 0,
+    evaluation: tuple[Path, ...] = (),
     max_failed: float = 0.05,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     device: str = "cpu",
@@ -241,6 +243,7 @@ def rejection_sampling(
         chat: make text prompts a user's turn of the chat template.
         template: a chat template file that replaces the model's own.
         limit: read at most this many rows.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         rounds: sample, choose, tune, so many times.
         samples: answers per prompt and round.
         keep: best (highest score), correct (drawn among the right ones) or shortest (of the right ones).
@@ -273,6 +276,7 @@ def rejection_sampling(
         )
         bench.say(loaded.report.summary())
         tasks = [rows.to_task(row, chat=chat) for row in loaded.rows]
+        tasks = without_evaluation(bench, tasks, evaluation, source)
         config = RejectionSampling.from_dict(
             {key: options[key] for key in RejectionSampling.__struct_fields__ if key in options}
         )

@@ -7,15 +7,16 @@ adapters. Left out on purpose: everything that a batch of rows and an optimiser 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from posttrain import data as rows
 from posttrain import models
 from posttrain.core import DataError, Example, RenderError, Task, TokenSequence, UsageError, recipe
 from posttrain.data import CompletionRow
 from posttrain.recipes.adapters import Lora, add_parents, save_tuned, tuned_part
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.policy import load_policy
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
@@ -33,6 +34,7 @@ def sft(
     template: Path | None = None,
     limit: int | None = None,
     held_out: int = 64,
+    evaluation: tuple[Path, ...] = (),
     epochs: float = 2.0,
     batch_size: int = 32,
     lr: float | None = None,
@@ -72,6 +74,7 @@ def sft(
         template: a chat template file that replaces the model's own.
         limit: read at most this many rows.
         held_out: examples kept apart to measure the loss on.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         epochs: how often each example is seen.
         batch_size: examples per optimiser step.
         lr: peak learning rate; not given: 5e-6, with adapters ten times that.
@@ -100,53 +103,74 @@ def sft(
     """
     options = dict(locals())
     with open_workbench("sft", options, runs=runs, resume=resume) as bench:
-        policy = load_policy(model, device=device, template=template, adapter=adapter)
-        parents = add_parents(bench, policy, model)
-        lora = Lora.of(options)
-        policy = tuned_part(policy, lora, seed=seed)
-        if freeze_layers:
-            models.freeze_layers(policy.model, freeze_layers)
-        source = bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
-        loaded = rows.load(
-            data, kind="completion", columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl"
+        return run_sft(bench, options)
+
+
+def run_sft(bench: Workbench, options: Mapping[str, Any]) -> Path:
+    """The recipe's work in a run that is open: its own, or a stage of a longer recipe.
+
+    Args:
+        bench: the run.
+        options: those of `sft`, all of them, by name.
+
+    Returns:
+        The run's folder; the model is in its `model`, registered as `options["name"]`.
+    """
+    policy = load_policy(
+        options["model"], device=options["device"], template=options["template"], adapter=options["adapter"]
+    )
+    parents = add_parents(bench, policy, options["model"])
+    lora = Lora.of(options)
+    policy = tuned_part(policy, lora, seed=options["seed"])
+    if options["freeze_layers"]:
+        models.freeze_layers(policy.model, options["freeze_layers"])
+    data: Path = options["data"]
+    source = bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
+    loaded = rows.load(
+        data,
+        kind="completion",
+        columns=options["columns"],
+        limit=options["limit"],
+        quarantine=bench.run.path / "bad_rows.jsonl",
+    )
+    bench.say(loaded.report.summary())
+    pairs = [row for row in loaded.rows if isinstance(row, CompletionRow)]
+    pairs = without_evaluation(bench, pairs, options["evaluation"], source)
+    longest = min(options["max_length"], policy.model.config.max_positions)
+    examples = completion_examples(bench, policy.renderer, pairs, longest, chat=options["chat"])
+    kept, apart = split_held_out(examples, options["held_out"], options["seed"])
+    steps = steps_of(len(kept), options["batch_size"], options["epochs"])
+    config = Supervised(
+        train=TrainConfig(
+            lr=lora.lr(options["lr"], 5e-6),
+            schedule=options["schedule"],
+            warmup=options["warmup"],
+            weight_decay=options["weight_decay"],
+            total_steps=steps,
+            micro_tokens=options["micro_tokens"],
+            dtype=options["dtype"],
+            seed=options["seed"],
+        ),
+        batch_size=options["batch_size"],
+        steps=steps,
+        evaluate_every=max(1, steps // 10),
+        seed=options["seed"],
+        normalise=options["normalise"],
+        neftune_alpha=options["neftune_alpha"],
+    )
+    summary = supervised_loop(bench, policy.model, kept, apart, config, title="sft")
+    tuned = save_tuned(policy, bench.run.path / "model")
+    bench.registry.add_run(bench.run)
+    card = bench.registry.add_artifact(
+        tuned, kind="model", name=options["name"], parents=[source.id, *parents], run=bench.run.id, storage="reference"
+    )
+    if apart:
+        bench.say(
+            f"held-out loss {summary['nll_before']:.4f} → {summary['nll_after']:.4f} nats per token "
+            f"on {len(apart)} examples"
         )
-        bench.say(loaded.report.summary())
-        pairs = [row for row in loaded.rows if isinstance(row, CompletionRow)]
-        longest = min(max_length, policy.model.config.max_positions)
-        examples = completion_examples(bench, policy.renderer, pairs, longest, chat=chat)
-        kept, apart = split_held_out(examples, held_out, seed)
-        steps = steps_of(len(kept), batch_size, epochs)
-        config = Supervised(
-            train=TrainConfig(
-                lr=lora.lr(lr, 5e-6),
-                schedule=schedule,
-                warmup=warmup,
-                weight_decay=weight_decay,
-                total_steps=steps,
-                micro_tokens=micro_tokens,
-                dtype=dtype,
-                seed=seed,
-            ),
-            batch_size=batch_size,
-            steps=steps,
-            evaluate_every=max(1, steps // 10),
-            seed=seed,
-            normalise=normalise,
-            neftune_alpha=neftune_alpha,
-        )
-        summary = supervised_loop(bench, policy.model, kept, apart, config, title="sft")
-        tuned = save_tuned(policy, bench.run.path / "model")
-        bench.registry.add_run(bench.run)
-        card = bench.registry.add_artifact(
-            tuned, kind="model", name=name, parents=[source.id, *parents], run=bench.run.id, storage="reference"
-        )
-        if apart:
-            bench.say(
-                f"held-out loss {summary['nll_before']:.4f} → {summary['nll_after']:.4f} nats per token "
-                f"on {len(apart)} examples"
-            )
-        bench.say(f"model {card.short()} in {tuned}")
-        return bench.run.path
+    bench.say(f"model {card.short()} in {tuned}")
+    return bench.run.path
 
 
 def completion_examples(
