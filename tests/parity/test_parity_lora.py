@@ -104,9 +104,9 @@ def test_peft_loads_what_we_save(family: str, kind: str, tmp_path: Path) -> None
     with_adapters = ours(tokens())
     assert (with_adapters - plain).abs().max() > 0.1, "adapters that do nothing would agree with anything"
     theirs = theirs_on(base, tmp_path / "adapter")
-    assert (theirs(tokens()).logits - with_adapters).abs().max() <= 1e-5 * max(1.0, float(plain.abs().max()))
+    assert (theirs(tokens()).logits - with_adapters).abs().max() <= 1e-5
     with theirs.disable_adapter(), models.adapters_off(ours):
-        assert (theirs(tokens()).logits - ours(tokens())).abs().max() <= 1e-5 * max(1.0, float(plain.abs().max()))
+        assert (theirs(tokens()).logits - ours(tokens())).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
@@ -118,7 +118,7 @@ def test_we_load_what_peft_saves(family: str, options: dict[str, Any], tmp_path:
     theirs.save_pretrained(tmp_path / "adapter")
     ours = models.load_adapters(models.load(base), tmp_path / "adapter")
     expected = theirs(tokens()).logits
-    assert (ours(tokens()) - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert (ours(tokens()) - expected).abs().max() <= 1e-5
     assert models.base_of(tmp_path / "adapter") == str(base)
     names = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
     assert names
@@ -138,7 +138,7 @@ def test_the_merged_export_is_a_plain_folder(family: str, kind: str, tmp_path: P
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert (theirs.eval()(tokens()).logits - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
+    assert (theirs.eval()(tokens()).logits - expected).abs().max() <= 1e-5
     assert models.has_adapters(ours), "saving leaves the model as it was"
     assert torch.equal(ours(tokens()), expected)
 
