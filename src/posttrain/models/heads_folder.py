@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from posttrain.core import ModelError
+from posttrain.models.adapters import PlainWeights
 from posttrain.models.config import DecoderConfig
 from posttrain.models.decoder import Decoder
 from posttrain.models.folder import (
@@ -171,7 +172,7 @@ def _trunk_table(config: DecoderConfig) -> list[Entry]:
 
 def _scored_tensors(model: ScoredDecoder) -> Iterator[tuple[str, Tensor]]:
     """All weights under their Hugging Face names, in the embedding's type, one at a time."""
-    state, dtype = model.decoder.state_dict(), model.decoder.embed.weight.dtype
+    state, dtype = PlainWeights(model.decoder), model.decoder.embed.weight.dtype
     for entry in _trunk_table(model.config):
         ours = state[entry.ours].detach()
         parts: Sequence[Tensor] = torch.split(ours, list(entry.rows)) if entry.rows else (ours,)
