@@ -16,12 +16,14 @@ from posttrain.grade.constitution import ConstitutionJudge
 from posttrain.grade.http_reward import HttpReward
 from posttrain.grade.instruction import INSTRUCTION_KINDS, Instructions, instruction_task, loose_forms
 from posttrain.grade.instruction_text import Tools
+from posttrain.grade.json_schema import JsonSchema, NoJson, json_in
 from posttrain.grade.judge import BinaryJudge, ScaleJudge, TemplateJudge
 from posttrain.grade.judge_budget import Budget, BudgetSpent, Price
 from posttrain.grade.judge_cache import JudgeCache
 from posttrain.grade.judge_model import JudgeFailed, JudgeModel, ScriptedChat, StructuredChat
 from posttrain.grade.judge_prompt import Shot
 from posttrain.grade.maths import Maths
+from posttrain.grade.multiple_choice import MultipleChoice, choice_task, chosen_option
 from posttrain.grade.number import Number, boxed, numbers_in
 from posttrain.grade.overlap import Graded, grade_while
 from posttrain.grade.pairwise import PairVerdict, PairwiseJudge
@@ -40,6 +42,7 @@ from posttrain.grade.sql_compare import rows_match
 from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.text import Exact, Length, Regex
+from posttrain.grade.tool_call import NoToolCall, ToolCalls, bfcl_task, tool_calls_in
 from posttrain.grade.url_guard import UrlGuard, UrlRefused
 from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
 
@@ -58,6 +61,7 @@ __all__ = [
     "HumanGrades",
     "InputOutput",
     "Instructions",
+    "JsonSchema",
     "JudgeCache",
     "JudgeFailed",
     "JudgeModel",
@@ -65,6 +69,9 @@ __all__ = [
     "Length",
     "Maths",
     "Moments",
+    "MultipleChoice",
+    "NoJson",
+    "NoToolCall",
     "Number",
     "PairVerdict",
     "PairwiseJudge",
@@ -95,6 +102,7 @@ __all__ = [
     "SqlResult",
     "StructuredChat",
     "TemplateJudge",
+    "ToolCalls",
     "Tools",
     "UnitTests",
     "UrlGuard",
@@ -105,14 +113,18 @@ __all__ = [
     "accepted_answers",
     "all_graders",
     "answer_text",
+    "bfcl_task",
     "boxed",
     "check_failures",
+    "choice_task",
+    "chosen_option",
     "code_in",
     "evolve_rubric",
     "grade_all",
     "grade_while",
     "human_eval_task",
     "instruction_task",
+    "json_in",
     "loose_forms",
     "mbpp_task",
     "normalised",
@@ -123,6 +135,7 @@ __all__ = [
     "rows_match",
     "rubric_of",
     "sql_in",
+    "tool_calls_in",
     "trajectory_from_text",
     "write_rubric",
     "wrong",

@@ -253,8 +253,10 @@ def mbpp_task(row: Mapping[str, Any], *, challenge: bool = False) -> Task:
     # What the tests take from the program is what the reference defines: a task may ask for a function named `sum`, and
     # no program may bring a `len` of its own into the tests.
     used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    defined = [getattr(node, "name", "") for node in ast.parse(row["code"]).body]
-    facts = {"tests": tests, "setup": row["test_setup_code"], "names": [name for name in defined if name in used]}
+    reference = ast.parse(row["code"]).body
+    names = [name for node in reference if (name := getattr(node, "name", "")) in used]
+    imports = [ast.unparse(node) for node in reference if isinstance(node, ast.Import | ast.ImportFrom)]
+    facts = {"tests": tests, "setup": "\n".join([*imports, row["test_setup_code"]]), "names": names}
     prompt = f"{row['text']} Your code should pass these tests:\n\n" + "\n".join(shown)
     return Task(id=f"mbpp/{row['task_id']}", prompt=prompt, facts=facts)
 
