@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from posttrain.core import recipe
 from posttrain.evaluate import (
@@ -103,46 +103,66 @@ def reward_model(
     """
     options = dict(locals())
     with open_workbench("reward_model", options, runs=runs, resume=resume) as bench:
-        policy = load_reward(model, device=device, template=template, seed=seed)
-        longest = min(max_length, policy.model.config.max_positions)
+        return run_reward_model(bench, options)
 
-        def read(path: Path, limit: int | None) -> list[Ranked]:
-            loaded = load_ranked(bench, path, columns=columns, edited=edited, tags=tags, limit=limit)
-            return ranked_examples(bench, policy, loaded, longest, chat=chat, margin=margin)
 
-        ranked = read(data, limit)
-        if eval_data is None:
-            kept, apart = split_by_prompt(ranked, held_out, seed, example=lambda row: row.example)
-        else:
-            apart = read(eval_data, None)
-            known = {row.example.group for row in apart}
-            kept = [row for row in ranked if row.example.group not in known]
-            bench.say(f"{len(ranked) - len(kept)} training rows have a prompt of the evaluation and are left out")
-        steps = steps_of(len(kept), batch_size, epochs)
-        train = TrainConfig(
-            lr=lr,
-            schedule=schedule,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            total_steps=steps,
-            micro_tokens=micro_tokens,
-            dtype=dtype,
-            seed=seed,
+def run_reward_model(bench: Workbench, options: Mapping[str, Any]) -> Path:
+    """The recipe's work in a run that is open: its own, or a stage of a longer recipe.
+
+    Args:
+        bench: the run.
+        options: those of `reward_model`, all of them, by name.
+
+    Returns:
+        The run's folder; the model is in its `model`, registered as `options["name"]`.
+    """
+    policy = load_reward(options["model"], device=options["device"], template=options["template"], seed=options["seed"])
+    longest = min(options["max_length"], policy.model.config.max_positions)
+
+    def read(path: Path, limit: int | None) -> list[Ranked]:
+        loaded = load_ranked(
+            bench, path, columns=options["columns"], edited=options["edited"], tags=options["tags"], limit=limit
         )
-        objective = reward_objective(ranking=ranking, center=center, label_smoothing=label_smoothing)
-        trainer = Trainer(policy.model, train, objective, forward=score_forward)
-        before = scored_pairs(trainer, apart) if len(apart) > 1 else []
+        return ranked_examples(bench, policy, loaded, longest, chat=options["chat"], margin=options["margin"])
 
-        def measure() -> dict[str, float]:
-            if not before:
-                return {}
-            found = reward_report(scored_pairs(trainer, apart))
-            return {"accuracy": found.accuracy.value, "margin": found.margin.value, "ece": found.calibration.ece}
+    ranked = read(options["data"], options["limit"])
+    if options["eval_data"] is None:
+        kept, apart = split_by_prompt(ranked, options["held_out"], options["seed"], example=lambda row: row.example)
+    else:
+        apart = read(options["eval_data"], None)
+        known = {row.example.group for row in apart}
+        kept = [row for row in ranked if row.example.group not in known]
+        bench.say(f"{len(ranked) - len(kept)} training rows have a prompt of the evaluation and are left out")
+    steps = steps_of(len(kept), options["batch_size"], options["epochs"])
+    train = TrainConfig(
+        lr=options["lr"],
+        schedule=options["schedule"],
+        warmup=options["warmup"],
+        weight_decay=options["weight_decay"],
+        total_steps=steps,
+        micro_tokens=options["micro_tokens"],
+        dtype=options["dtype"],
+        seed=options["seed"],
+    )
+    objective = reward_objective(
+        ranking=options["ranking"], center=options["center"], label_smoothing=options["label_smoothing"]
+    )
+    trainer = Trainer(policy.model, train, objective, forward=score_forward)
+    before = scored_pairs(trainer, apart) if len(apart) > 1 else []
 
-        loop = RewardLoop(batch_size=batch_size, steps=steps, evaluate_every=max(1, steps // 10), seed=seed)
-        reward_loop(bench, trainer, [row.example for row in kept], loop, measure=measure, title="reward model")
-        after = scored_pairs(trainer, apart) if before else []
-        return finish(bench, policy, before, after, [data, *([eval_data] if eval_data else [])], model, name)
+    def measure() -> dict[str, float]:
+        if not before:
+            return {}
+        found = reward_report(scored_pairs(trainer, apart))
+        return {"accuracy": found.accuracy.value, "margin": found.margin.value, "ece": found.calibration.ece}
+
+    loop = RewardLoop(
+        batch_size=options["batch_size"], steps=steps, evaluate_every=max(1, steps // 10), seed=options["seed"]
+    )
+    reward_loop(bench, trainer, [row.example for row in kept], loop, measure=measure, title="reward model")
+    after = scored_pairs(trainer, apart) if before else []
+    sources = [options["data"], *([options["eval_data"]] if options["eval_data"] else [])]
+    return finish(bench, policy, before, after, sources, options["model"], options["name"])
 
 
 def scored_pairs(trainer: Trainer, ranked: Sequence[Ranked]) -> list[ScoredPair]:
