@@ -106,10 +106,11 @@ async def _run_group(settings: EpisodeSettings, task: Task, parties: _Parties) -
     async with AsyncExitStack() as cleanup:
         for episode in episodes:
             cleanup.push_async_callback(episode.close)
-        await _all(episode.open() for episode in episodes)
+        parties.join(len(episodes) - 1)
+        await _all(_counted(episode.open(), parties) for episode in episodes)
         first = await _first_turns(settings, [episode for episode in episodes if episode.going])
         parties.join(max(0, len(first) - 1))
-        await _all(_play(episode, completion, parties) for episode, completion in first)
+        await _all(_counted(_play(episode, completion), parties) for episode, completion in first)
     return Group(task=task, trajectories=tuple(episode.trajectory() for episode in episodes))
 
 
@@ -135,13 +136,18 @@ async def play_together(episodes: Sequence[Episode], sampler: SampleTokens | Non
     await _all(play(episode) for episode in episodes)
 
 
-async def _play(episode: Episode, completion: Completion, parties: _Parties) -> None:
+async def _counted(part: Coroutine[Any, Any, None], parties: _Parties) -> None:
+    """Do one episode's part; then the others need not wait for it. The last one's place is the group's."""
     try:
-        await episode.play(completion)
-        await episode.close()
+        await part
     finally:
-        if parties.count > 1:  # the last one's place is the group's
+        if parties.count > 1:
             parties.leave(1)
+
+
+async def _play(episode: Episode, completion: Completion) -> None:
+    await episode.play(completion)
+    await episode.close()
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -80,11 +80,11 @@ class SimulatedUser:
         """What the user answers; the end, when they are done."""
         self._messages.append(action)
         exchanges = sum(message.role == "assistant" for message in self._messages)
-        said, done = "", True
+        said, satisfied = "", False
         if exchanges < self._max_exchanges:
-            said, done = await self._speak()
-        if done or not said:
-            return StepResult(done=True, reward=await self._judged(), info={"user/satisfied": int(done and not said)})
+            said, satisfied = await self._speak()
+        if not said:
+            return StepResult(done=True, reward=await self._judged(), info={"user/satisfied": int(satisfied)})
         self._messages.append(user(said))
         return StepResult(messages=(user(said),))
 
