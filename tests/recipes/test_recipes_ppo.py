@@ -164,9 +164,10 @@ def test_a_killed_run_goes_on_bit_for_bit(bench: Workbench, tmp_path: Path, monk
     with open_stage(bench, "killed", {}) as stage:
         with monkeypatch.context() as patch:
             kill_after(patch, 3)
+            first = fresh(tmp_path)
+            critic_too = value_model("scratch", first.model)
             with pytest.raises(KilledError):
-                first = fresh(tmp_path)
-                asyncio.run(ppo_loop(stage, first, value_model("scratch", first.model), TASKS, EvenTokens(), config))
+                asyncio.run(ppo_loop(stage, first, critic_too, TASKS, EvenTokens(), config))
         resumed = fresh(tmp_path)
         other = value_model("scratch", resumed.model)
         found = asyncio.run(ppo_loop(stage, resumed, other, TASKS, EvenTokens(), config))
