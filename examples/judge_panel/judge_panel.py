@@ -4,8 +4,9 @@
 
 The judges are scripts that take as long as served ones: log-normal around a second. The same small run is done with a
 grader that answers at once, with the panel asked after each step's sampling, and with the panel asked group by group
-while the rest of the step and the next step are sampled (one step off policy). Printed are wall time and the sampler's
-rate; they are the point here, not the policy.
+while the rest of the step and the next step are sampled (one step off policy). Printed are wall time, the sampler's
+rate and the processor's seconds (of the whole process, judges included; a busy machine changes them least). They are
+the point here, not the policy.
 """
 
 import asyncio
@@ -56,7 +57,7 @@ class Run:
         config = pt.train.TrainConfig(lr=1e-4, total_steps=steps, dtype="float32", schedule="constant")
         self.trainer = pt.train.Trainer(policy.model, config, pt.train.policy_objective(importance_cap=2.0))
         self.engine = policy.engine(slots=8 * len(tasks), length=policy.length_for(tasks, max_tokens))
-        self.sampling_s, self.wall_s, self.num_tokens = 0.0, 0.0, 0
+        self.sampling_s, self.wall_s, self.cpu_s, self.num_tokens = 0.0, 0.0, 0.0, 0
         self.latencies_s: list[float] = []
 
     async def sampled(self, whole: bool) -> AsyncIterator[list[Group]]:
@@ -77,7 +78,7 @@ class Run:
 
     async def go(self, *, overlap: bool) -> "Run":
         """Sample, grade, train. Without overlap every step waits for its grades before anything else is done."""
-        started_s = time.perf_counter()
+        started_s, cpu_s = time.perf_counter(), time.process_time()
         ahead = len(self.tasks) if overlap else 0
         come = self.sampled(whole=not overlap)
         step: list[Graded[list[Group]]] = []
@@ -86,7 +87,7 @@ class Run:
             if sum(len(part.batch) for part in step) == len(self.tasks):
                 await self.train(step)
                 step = []
-        self.wall_s = time.perf_counter() - started_s
+        self.wall_s, self.cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
         self.engine.close()
         return self
 
@@ -109,6 +110,7 @@ class Run:
         return {
             "run": name,
             "wall_s": round(self.wall_s, 2),
+            "cpu_s": round(self.cpu_s, 2),
             "sampler_tokens_per_s": round(self.num_tokens / self.sampling_s, 1),
             "grade_median_s": round(statistics.median(self.latencies_s), 3),
             "grade_longest_s": round(max(self.latencies_s), 3),
@@ -163,4 +165,6 @@ def judge_panel(
             f"the panel after sampling takes {after / base - 1:+.1%} wall time, while sampling {while_ / base - 1:+.1%}"
         )
         bench.say(f"the sampler's rate while the panel judges: {rates[2] / rates[0] - 1:+.1%}")
+        spent = [float(row["cpu_s"]) for row in rows]
+        bench.say(f"the processor's seconds, with the panel's own: {spent[2] / spent[0] - 1:+.1%}")
         return rows

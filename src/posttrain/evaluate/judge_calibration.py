@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from posttrain.core import EvaluateError, Interval, Record
+from posttrain.evaluate.intervals import wilson
 from posttrain.evaluate.judge_agreement import (
     Table,
     Value,
@@ -235,6 +236,10 @@ class _Metrics:
             return
         tables = [np.array([share, 1.0]) for share, _ in kept]
         self.table(name, tables, [clusters[place] for _, place in kept], lambda sums: sums[:, 0] / sums[:, 1])
+        found = self.metrics.get(name)
+        # Where all are alike, resampling them finds no spread, however few they are: Wilson's interval does.
+        if found is not None and found.low == found.high and name != "verbosity_bias":
+            self.metrics[name] = wilson(found.value * found.n, found.n, self._confidence)
 
     def table(
         self, name: str, tables: Sequence[Table], clusters: Sequence[str], statistic: Callable[[Table], Table]

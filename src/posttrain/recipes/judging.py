@@ -74,10 +74,10 @@ class JudgeConfig(Config, frozen=True, kw_only=True, forbid_unknown_fields=True)
     deadline_s: Annotated[float, doc("seconds for one verdict", gt=0)] = 120.0
     concurrency: Annotated[int, doc("calls under way at the same time", ge=1)] = 32
     api_key_env: Annotated[str | None, doc("name of the environment variable that holds the key")] = None
-    price_input: Annotated[float | None, doc("US dollars per million prompt tokens", ge=0)] = None
-    price_output: Annotated[float | None, doc("US dollars per million completion tokens", ge=0)] = None
-    max_dollars: Annotated[float | None, doc("budget", ge=0)] = None
-    max_calls: Annotated[int | None, doc("budget", ge=0)] = None
+    price_input: Annotated[float | None, doc("US dollars per million prompt tokens")] = None
+    price_output: Annotated[float | None, doc("US dollars per million completion tokens")] = None
+    max_dollars: Annotated[float | None, doc("budget")] = None
+    max_calls: Annotated[int | None, doc("budget")] = None
     cache: Annotated[str | None, doc("file of the judge's replies; None: none are kept")] = None
 
 
