@@ -27,6 +27,10 @@ BUILT_IN: dict[str, tuple[str, str]] = {
         "Preference optimisation on the policy's own answers, ranked by a grader, in rounds.",
     ),
     "grpo": ("posttrain.recipes.grpo", "Reinforcement learning from a grader with group-relative advantages."),
+    "agent_grpo": (
+        "posttrain.recipes.agent_grpo",
+        "Reinforcement learning of an agent over episodes of many turns.",
+    ),
     "ppo": ("posttrain.recipes.ppo", "Reinforcement learning from a grader with a value model (PPO)."),
     "distill": ("posttrain.recipes.distill", "Distillation: imitate a teacher's answers or its probabilities."),
     "on_policy_distill": (
