@@ -10,6 +10,7 @@ Takes Trajectory (with its Task: answer, facts), gives Grade. May import core; m
 
 from posttrain.grade.answer import accepted_answers, answer_text, normalised, right, trajectory_from_text, wrong
 from posttrain.grade.batch import check_failures, grade_all
+from posttrain.grade.citation import Citations, citations_in, quotations_in, quoted_from
 from posttrain.grade.code import InputOutput, UnitTests, code_in, human_eval_task, mbpp_task
 from posttrain.grade.combine import Function, Weighted
 from posttrain.grade.constitution import ConstitutionJudge
@@ -31,6 +32,7 @@ from posttrain.grade.panel import Panel
 from posttrain.grade.people import HumanGrade, HumanGrades, People
 from posttrain.grade.proof import ProofReport, ProvenCase, all_graders, prove
 from posttrain.grade.rag import RagJudge
+from posttrain.grade.repetition import Repetition, longest_loop, repeated_ngrams
 from posttrain.grade.reward_metrics import reward_metrics
 from posttrain.grade.reward_model import EnsembleScorer, Prefers, RewardModel, ScoreText
 from posttrain.grade.reward_whitening import Moments
@@ -44,6 +46,7 @@ from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.text import Exact, Length, Regex
 from posttrain.grade.tool_call import NoToolCall, ToolCalls, bfcl_task, tool_calls_in
 from posttrain.grade.url_guard import UrlGuard, UrlRefused
+from posttrain.grade.word_overlap import Contains, WordF1, answer_words, word_f1
 from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
 
 __all__ = [
@@ -51,7 +54,9 @@ __all__ = [
     "BinaryJudge",
     "Budget",
     "BudgetSpent",
+    "Citations",
     "ConstitutionJudge",
+    "Contains",
     "EnsembleScorer",
     "Exact",
     "Function",
@@ -86,6 +91,7 @@ __all__ = [
     "QueryRunner",
     "RagJudge",
     "Regex",
+    "Repetition",
     "RewardModel",
     "Rubric",
     "RubricBook",
@@ -108,16 +114,19 @@ __all__ = [
     "UrlGuard",
     "UrlRefused",
     "Weighted",
+    "WordF1",
     "WorkerFailure",
     "WorkerPool",
     "accepted_answers",
     "all_graders",
     "answer_text",
+    "answer_words",
     "bfcl_task",
     "boxed",
     "check_failures",
     "choice_task",
     "chosen_option",
+    "citations_in",
     "code_in",
     "evolve_rubric",
     "grade_all",
@@ -125,11 +134,15 @@ __all__ = [
     "human_eval_task",
     "instruction_task",
     "json_in",
+    "longest_loop",
     "loose_forms",
     "mbpp_task",
     "normalised",
     "numbers_in",
     "prove",
+    "quotations_in",
+    "quoted_from",
+    "repeated_ngrams",
     "reward_metrics",
     "right",
     "rows_match",
@@ -137,6 +150,7 @@ __all__ = [
     "sql_in",
     "tool_calls_in",
     "trajectory_from_text",
+    "word_f1",
     "write_rubric",
     "wrong",
 ]

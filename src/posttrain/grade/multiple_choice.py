@@ -11,6 +11,7 @@ from posttrain.core import Grade, GradeCase, GradeError, Task, Trajectory
 from posttrain.grade.answer import answer_text, binary, normalised, right, wrong
 from posttrain.grade.number import boxed
 
+_MAX_CHARACTERS = 20_000  # only the end of a longer answer is read
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARKS = r"[\s*_`$\"'“”(\[{:.\\]*"
 _LEAD = (
@@ -37,6 +38,7 @@ def chosen_option(text: str, options: Sequence[str]) -> int | None:
         text: the answer.
         options: the options' texts, with or without `(A)` before them.
     """
+    text = text[-_MAX_CHARACTERS:]
     letters = LETTERS[: len(options)]
     texts = [normalised(_LABEL_AT_START.sub("", option)) for option in options]
     inside = boxed(text)
