@@ -113,7 +113,7 @@ def ppo(
     lr: float = 3e-7,
     value_lr: float = 3e-7,
     schedule: Literal["linear", "cosine", "constant"] = "linear",
-    warmup: float = 0.1,
+    warmup: float = 0.0,
     temperature: float = 1.0,
     epochs: int = 4,
     minibatches: int = 1,
@@ -145,7 +145,7 @@ def ppo(
 ) -> Path:
     """Reinforcement learning from a grader with a value model (PPO).
 
-    Learning rate, KL and epochs default to Tülu 3's RLVR for 8B (arXiv 2411.15124), λ, clips and whitening to those of
+    Learning rate and KL default to Tülu 3's RLVR for 8B (arXiv 2411.15124), epochs, λ, clips and whitening to those of
     Huang et al. (arXiv 2403.17031); a small model made from nothing wants learning rates near 1e-4.
 
     Args:
