@@ -13,7 +13,17 @@ from posttrain.grade.batch import check_failures, grade_all
 from posttrain.grade.citation import Citations, citations_in, quotations_in, quoted_from
 from posttrain.grade.code import InputOutput, UnitTests, code_in, human_eval_task, mbpp_task
 from posttrain.grade.combine import Function, Weighted
+from posttrain.grade.compose import Gate, Product, Threshold, Veto, normalise_by_group
 from posttrain.grade.constitution import ConstitutionJudge
+from posttrain.grade.hacking_watch import (
+    Alarm,
+    HackingWatch,
+    Signs,
+    WatchBounds,
+    asks_for_marks,
+    is_master_key,
+    step_signs,
+)
 from posttrain.grade.http_reward import HttpReward
 from posttrain.grade.instruction import INSTRUCTION_KINDS, Instructions, instruction_task, loose_forms
 from posttrain.grade.instruction_text import Tools
@@ -51,6 +61,7 @@ from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
 
 __all__ = [
     "INSTRUCTION_KINDS",
+    "Alarm",
     "BinaryJudge",
     "Budget",
     "BudgetSpent",
@@ -60,7 +71,9 @@ __all__ = [
     "EnsembleScorer",
     "Exact",
     "Function",
+    "Gate",
     "Graded",
+    "HackingWatch",
     "HttpReward",
     "HumanGrade",
     "HumanGrades",
@@ -84,6 +97,7 @@ __all__ = [
     "People",
     "Prefers",
     "Price",
+    "Product",
     "ProofReport",
     "ProvenCase",
     "QueryLimits",
@@ -105,14 +119,18 @@ __all__ = [
     "ScoreText",
     "ScriptedChat",
     "Shot",
+    "Signs",
     "SqlResult",
     "StructuredChat",
     "TemplateJudge",
+    "Threshold",
     "ToolCalls",
     "Tools",
     "UnitTests",
     "UrlGuard",
     "UrlRefused",
+    "Veto",
+    "WatchBounds",
     "Weighted",
     "WordF1",
     "WorkerFailure",
@@ -121,6 +139,7 @@ __all__ = [
     "all_graders",
     "answer_text",
     "answer_words",
+    "asks_for_marks",
     "bfcl_task",
     "boxed",
     "check_failures",
@@ -133,10 +152,12 @@ __all__ = [
     "grade_while",
     "human_eval_task",
     "instruction_task",
+    "is_master_key",
     "json_in",
     "longest_loop",
     "loose_forms",
     "mbpp_task",
+    "normalise_by_group",
     "normalised",
     "numbers_in",
     "prove",
@@ -148,6 +169,7 @@ __all__ = [
     "rows_match",
     "rubric_of",
     "sql_in",
+    "step_signs",
     "tool_calls_in",
     "trajectory_from_text",
     "word_f1",
