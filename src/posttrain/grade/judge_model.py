@@ -95,6 +95,7 @@ class JudgeModel:
             ConfigError: a number out of range, a budget in dollars without a price, a cache for a nameless model.
         """
         self.chat = chat
+        self._structured = chat if isinstance(chat, StructuredChat) else None  # looked up once: it is slow
         self.model = model or str(getattr(chat, "model", ""))
         self.sampling, self.attempts, self.deadline_s = sampling, attempts, deadline_s
         self.price, self.budget, self.cache = price or Price(), budget, cache
@@ -204,8 +205,8 @@ class JudgeModel:
             sampling = self.sampling
             if sample and sampling.seed is not None:
                 sampling = sampling.replace(seed=sampling.seed + sample)
-            if isinstance(self.chat, StructuredChat):
-                message, used = await self.chat.chat_structured(messages, sampling, schema)
+            if self._structured is not None:
+                message, used = await self._structured.chat_structured(messages, sampling, schema)
             else:
                 message, used = await self.chat.chat(messages, sampling), {}
             prompt_tokens = used.get("prompt_tokens", likely_prompt)
