@@ -24,6 +24,7 @@ from posttrain.models.hub import resolve
 from posttrain.models.lora import LoraConfig, adapters_off
 from posttrain.models.merging import Merge, merge_tensors
 from posttrain.models.merging_folders import merge_folders
+from posttrain.models.native import load_native
 from posttrain.models.quantised import quantise
 from posttrain.models.token_divergence import TokenDivergence, chosen_logprobs, token_divergence
 from posttrain.models.token_stats import TokenStats, token_stats
@@ -53,6 +54,7 @@ __all__ = [
     "is_adapter_folder",
     "load",
     "load_adapters",
+    "load_native",
     "load_scored",
     "merge_adapters",
     "merge_folders",
