@@ -15,6 +15,7 @@ from posttrain.core import Sampling
 from posttrain.engine import LocalEngine, native
 from posttrain.engine.attention import SingleTokens
 from posttrain.engine.cache import SlotCache
+from posttrain.models import native as compiling
 
 SHAPES = [  # rows, query heads, key-value heads, head width, window
     (5, 8, 4, 32, None),
@@ -33,11 +34,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """With the compiled kernel, and without it."""
     if request.param == "pytorch":
         monkeypatch.setenv("POSTTRAIN_NATIVE", "0")
-    native.decode_attention.cache_clear()
+    forget()
     if request.param == "compiled" and native.decode_attention(torch.float32) is None:
         pytest.skip("no C compiler on this machine")
     yield request.param
-    native.decode_attention.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,42 +111,47 @@ def test_the_engine_samples_the_same_either_way(
 ) -> None:
     prompts = ["short", "a rather longer prompt than the other", "x"]
     sampling = Sampling(max_tokens=40, seed=3, n=2, ignore_eos=True)
-    native.decode_attention.cache_clear()
+    forget()
     compiled = make_engine().generate(prompts, sampling)
     monkeypatch.setenv("POSTTRAIN_NATIVE", "0")
-    native.decode_attention.cache_clear()
+    forget()
     plain = make_engine().generate(prompts, sampling)
-    native.decode_attention.cache_clear()
+    forget()
     assert [completion.tokens for completion in compiled] == [completion.tokens for completion in plain]
+
+
+def forget() -> None:
+    native.decode_attention.cache_clear()
+    compiling.load_native.cache_clear()
 
 
 def test_a_compiler_that_fails_or_is_missing_leaves_pytorch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.decode_attention.cache_clear()
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    forget()
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     assert native.decode_attention(torch.float32) is None
-    native.decode_attention.cache_clear()
-    monkeypatch.setattr(native.shutil, "which", lambda name: "/bin/false")
+    forget()
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: "/bin/false")
     assert native.decode_attention(torch.float32) is None
     assert "could not be compiled" in caplog.text
-    native.decode_attention.cache_clear()
+    forget()
     assert native.decode_attention(torch.float16) is None
 
 
 def test_the_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    if native.shutil.which("cc") is None:
+    if compiling.shutil.which("cc") is None:
         pytest.skip("no C compiler on this machine")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.decode_attention.cache_clear()
+    forget()
     assert native.decode_attention(torch.bfloat16) is not None
     assert len(list((tmp_path / "posttrain" / "native").iterdir())) == 1
-    native.decode_attention.cache_clear()
+    forget()
 
     def no_compiling(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(subprocess, "run", no_compiling)
     assert native.decode_attention(torch.bfloat16) is not None
-    native.decode_attention.cache_clear()
+    forget()
