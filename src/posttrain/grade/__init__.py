@@ -50,7 +50,9 @@ from posttrain.grade.rubric import Rubric, RubricItem, RubricJudge, rubric_of
 from posttrain.grade.rubric_book import RubricBook, evolve_rubric, write_rubric
 from posttrain.grade.sandbox import JudgedTests, Sandbox, SandboxLimits, SandboxRun
 from posttrain.grade.sandbox_process import SandboxUnavailable
-from posttrain.grade.sql_compare import rows_match
+from posttrain.grade.sql_compare import results_match, rows_match
+from posttrain.grade.sql_copies import mutated_copies
+from posttrain.grade.sql_gold import alternatives
 from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.text import Exact, Length, Regex
@@ -137,6 +139,7 @@ __all__ = [
     "WorkerPool",
     "accepted_answers",
     "all_graders",
+    "alternatives",
     "answer_text",
     "answer_words",
     "asks_for_marks",
@@ -157,6 +160,7 @@ __all__ = [
     "longest_loop",
     "loose_forms",
     "mbpp_task",
+    "mutated_copies",
     "normalise_by_group",
     "normalised",
     "numbers_in",
@@ -164,6 +168,7 @@ __all__ = [
     "quotations_in",
     "quoted_from",
     "repeated_ngrams",
+    "results_match",
     "reward_metrics",
     "right",
     "rows_match",

@@ -2,14 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 Value = None | int | float | str | bytes
 Row = tuple[Value, ...]
+Columns = Literal["same", "any_order", "superset"]
 
 _MAX_PAIRING = 256  # rows that differ only in their numbers and are paired one by one, at most
+_MAX_ASSIGNMENTS = 500  # ways to find the gold columns among those given that are tried, at most
+
+
+def results_match(
+    gold: Sequence[Row],
+    given: Sequence[Row],
+    *,
+    ordered: bool,
+    columns: Columns = "same",
+    tolerance: float = 1e-9,
+) -> bool:
+    """As `rows_match`, with columns in any order, or besides columns that were not asked for.
+
+    Args:
+        gold: rows that should come.
+        given: rows that came.
+        ordered: whether the order of rows counts.
+        columns: "same" in number and order; "any_order" in number; "superset" lets others stand among them.
+        tolerance: see `rows_match`.
+    """
+    if columns == "same":
+        return rows_match(gold, given, ordered=ordered, tolerance=tolerance)
+    if len(gold) != len(given):
+        return False
+    if not gold:
+        return True
+    wanted, there = len(gold[0]), len(given[0])
+    if there < wanted or (columns == "any_order" and there != wanted):
+        return False
+
+    def same(chosen: Sequence[int], places: Sequence[int]) -> bool:
+        left = [tuple(row[place] for place in chosen) for row in gold]
+        right = [tuple(row[place] for place in places) for row in given]
+        return rows_match(left, right, ordered=ordered, tolerance=tolerance)
+
+    fits = [[other for other in range(there) if same([one], [other])] for one in range(wanted)]
+    tries = itertools.islice(_assignments(fits), _MAX_ASSIGNMENTS)
+    return any(same(range(wanted), places) for places in tries)
+
+
+def _assignments(fits: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Every way to give each column one that fits it, none twice."""
+
+    def extend(chosen: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        if len(chosen) == len(fits):
+            yield chosen
+            return
+        for place in fits[len(chosen)]:
+            if place not in chosen:
+                yield from extend((*chosen, place))
+
+    return extend(())
 
 
 def rows_match(gold: Sequence[Row], given: Sequence[Row], *, ordered: bool, tolerance: float = 1e-9) -> bool:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Task, Trajectory
 from posttrain.grade.answer import accepted_answers, answer_text, right, wrong
-from posttrain.grade.sql_compare import Row, rows_match
+from posttrain.grade.sql_compare import Columns, Row, results_match
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.sql_syntax import ordered_at_top
 
@@ -48,6 +48,8 @@ class SqlResult:
         databases: SQLite files that every query runs on; or a mapping from `task.facts["database"]` to the files of
             that name; or a function from the task to its files.
         ordered: whether the order of rows counts: "auto" where the gold query itself has an ORDER BY.
+        columns: "same": the gold query's columns in its order; "any_order": in any; "superset": others may stand among
+            them (as in Defog's SQL-Eval), so that a query which also shows the name is not wrong.
         timeout_s: CPU seconds for one query on one database.
         max_rows: more rows than this are a failure.
         extract: from the answer's text to its query; `sql_in` if not given.
@@ -62,6 +64,7 @@ class SqlResult:
         databases: Databases,
         *,
         ordered: bool | Literal["auto"] = "auto",
+        columns: Columns = "same",
         timeout_s: float = 1.0,
         max_rows: int = 10_000,
         extract: Callable[[str], str] | None = None,
@@ -74,7 +77,10 @@ class SqlResult:
             raise ConfigError(f"grader {name!r}: ordered must be True, False or 'auto', not {ordered!r}")
         self.name = name
         self._databases = databases
+        if columns not in ("same", "any_order", "superset"):
+            raise ConfigError(f"grader {name!r}: columns must be same, any_order or superset, not {columns!r}")
         self._ordered = ordered
+        self._columns = columns
         self._extract = extract or sql_in
         self._tolerance = tolerance
         self._executes_score = executes_score
@@ -107,9 +113,10 @@ class SqlResult:
         listed = Task(id="order", prompt="In order.", answer=f"SELECT a FROM ({rows}) ORDER BY a DESC", facts=facts)
         third = Task(id="float", prompt="A third?", answer="SELECT 1.0 / 3", facts=facts)
         free = self._ordered is not True
+        swapped = "SELECT 'x', 1 UNION ALL SELECT 'y', 2 UNION ALL SELECT 'y', 2"
+        wider = "SELECT 1, 'x', 7 UNION ALL SELECT 2, 'y', 8 UNION ALL SELECT 2, 'y', 9"
         bad = [
             ("SELECT 1, 'x' UNION SELECT 2, 'y' UNION SELECT 2, 'y'", "a row too few"),
-            ("SELECT 'x', 1 UNION ALL SELECT 'y', 2 UNION ALL SELECT 'y', 2", "columns the other way round"),
             ("SELECT 1, 'X' UNION ALL SELECT 2, 'y' UNION ALL SELECT 2, 'y'", "another text"),
             (f"{rows}; {rows}", "two statements"),
             ("DROP TABLE x", "no query"),
@@ -118,6 +125,14 @@ class SqlResult:
             ("", "nothing"),
         ]
         good = [(bag, rows), (bag, f"```sql\n{rows};\n```"), (third, "SELECT 0.1 / 0.3")]
+        for text, why, fine in (
+            (swapped, "columns the other way round", self._columns != "same"),
+            (wider, "a column more", self._columns == "superset"),
+        ):
+            if fine:
+                good.append((bag, text))
+            else:
+                bad.append((text, why))
         if free:
             good.append((bag, "SELECT 2.0, 'y' UNION ALL SELECT 1, 'x' UNION ALL SELECT 2, 'y'"))
         misses = [wrong(bag, text, why) for text, why in bad] + [wrong(third, "SELECT 0.33", "rounded")]
@@ -157,11 +172,14 @@ class SqlResult:
         for gold, rows_by_path in zip(golds, gold_rows, strict=True):
             ordered = ordered_at_top(gold) if self._ordered == "auto" else self._ordered
             pairs = zip(rows_by_path, results, strict=True)
-            if all(rows_match(rows, got.rows or (), ordered=ordered, tolerance=self._tolerance) for rows, got in pairs):
+            if all(self._same(rows, got.rows or (), ordered) for rows, got in pairs):
                 return self._grade("", executes=1.0, match=1.0, empty_gold=empty)
         first = results[0].rows or ()
         rationale = f"other rows than the gold query: {len(first)} rows, {len(gold_rows[0][0])} expected"
         return self._grade(rationale, executes=1.0, empty_gold=empty)
+
+    def _same(self, gold: Sequence[Row], given: Sequence[Row], ordered: bool) -> bool:
+        return results_match(gold, given, ordered=ordered, columns=self._columns, tolerance=self._tolerance)
 
     def _gold_rows(self, task: Task, path: Path, gold: str) -> tuple[Row, ...]:
         result = self._runner.run(path, gold)
