@@ -37,6 +37,10 @@ def test_alternatives_by_hand() -> None:
         "SELECT max(b, c), d FROM t WHERE x = '{'",
         "SELECT a, max(b, c), d FROM t WHERE x = '{'",
     ]
+    assert alternatives("SELECT {a, b}, max(c) FROM t GROUP BY {}")[1:] == [
+        "SELECT b, max(c) FROM t GROUP BY b",
+        "SELECT a, b, max(c) FROM t GROUP BY a, b",
+    ]
     assert len(alternatives("SELECT {a, b}, {c, d} FROM t")) == 9
     assert len(alternatives("SELECT {a, b, c}")) == 7
     for text in ("SELECT {a", ";", "SELECT {" + ", ".join("abcdefghij") + "}"):

@@ -18,7 +18,7 @@ _MAX_ALTERNATIVES = 256
 def alternatives(query: str) -> list[str]:
     """The queries of a text, parted at semicolons outside quotes and comments, with optional columns unfolded.
 
-    `SELECT {a, b}, c FROM t` unfolds into `SELECT a, c …`, `SELECT b, c …` and `SELECT a, b, c …`.
+    `SELECT {a, b}, c FROM t GROUP BY {}` unfolds into `SELECT a, c FROM t GROUP BY a`, the same with b, and with both.
 
     Raises:
         GradeError: a brace is not closed, or there are more than 256 alternatives.
@@ -58,7 +58,9 @@ def _unfolded(query: str) -> list[str]:
     chosen = (some for size in range(1, len(columns) + 1) for some in itertools.combinations(columns, size))
     found: list[str] = []
     for some in chosen:
-        found += _unfolded(f"{head}{', '.join(some)}{tail}")
+        # An empty pair of braces further on (GROUP BY {}) stands for the same columns.
+        same = ", ".join(some)
+        found += _unfolded(f"{head}{same}{tail.replace('{}', same)}")
         if len(found) > _MAX_ALTERNATIVES:
             break
     return found
