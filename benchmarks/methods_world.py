@@ -3,8 +3,8 @@
 A question is a rule and four different letters, "Scebd="; its answer is "bcde" (S sorts, D sorts downwards, F flips).
 The start of all methods is a decoder of two layers, pre-trained on a corpus that is often wrong: it follows another
 rule than the question's, or has two letters in the wrong order. So the model can do everything, and does not prefer
-what is right. The teacher went on with right answers. No letters of a held-out question, in whatever order, occur in
-training.
+what is right. The teacher went on with right answers. Methods get other questions
+than the corpus had, and no letters of a held-out question, in whatever order, occur in either.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ RULES: dict[str, Callable[[str], str]] = {
     "F": lambda letters: letters[::-1],
     "D": lambda letters: "".join(sorted(letters, reverse=True)),
 }
-OTHER_RULE = {"S": 0.3, "F": 0.5, "D": 0.6}  # how often the corpus follows another rule
-START_STEPS, TEACHER_STEPS = 600, 300
+OTHER_RULE = {"S": ("D", 0.3), "F": ("S", 0.6), "D": ("F", 0.6)}  # which rule the corpus follows instead, how often
+NUM_CORPUS, START_STEPS, TEACHER_STEPS = 2400, 2000, 300
 SWAPPED = 0.2  # how often two neighbours are in the wrong order
 
 
@@ -76,9 +76,8 @@ def corpus(tasks: Sequence[Task], seed: int) -> list[Task]:
     written = []
     for task in tasks:
         rule, letters = task.tags[0], task.prompt_text()[1:-1]
-        if draw.random() < OTHER_RULE[rule]:
-            rule = draw.choice([other for other in sorted(RULES) if other != rule])
-        answer = RULES[rule](letters)
+        other, often = OTHER_RULE[rule]
+        answer = RULES[other if draw.random() < often else rule](letters)
         if draw.random() < SWAPPED:
             at = draw.randrange(LENGTH - 1)
             answer = answer[:at] + answer[at + 1] + answer[at] + answer[at + 2 :]
@@ -138,7 +137,7 @@ def offline_rows(asked: Sequence[tuple[Task, list[str]]]) -> dict[str, list[dict
         wrong = sorted({text.strip() for text in texts if text.strip() and text.strip() != answer})
         if right and wrong:
             pairs.append({"prompt": task.prompt, "chosen": right[0], "rejected": wrong[0]})
-        for text in (*right, *wrong[: 1 + len(right)]):
+        for text in (*right[:1], *wrong[:1]) if right and wrong else ():
             labels.append({"prompt": task.prompt, "completion": text, "label": text == answer})
             each = [text[place : place + 1] == answer[place : place + 1] for place in range(len(text))]
             steps.append({"prompt": task.prompt, "completions": list(text), "labels": each})
@@ -150,23 +149,24 @@ def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_world(folder: Path, *, seed: int, num_train: int = 2400, num_held_out: int = 300) -> World:
+def make_world(folder: Path, *, seed: int, num_train: int = 800, num_held_out: int = 300) -> World:
     """Start, teacher and every data file, made from the seed alone; found again where the folder has them."""
-    train, held_out = questions(num_train, num_held_out, seed)
+    known, held_out = questions(NUM_CORPUS + num_train, num_held_out, seed)
+    read, train = known[:NUM_CORPUS], known[NUM_CORPUS:]
     world = World(folder, folder / "start", folder / "teacher", train, held_out)
     done = folder / "done"
     if done.exists():
         return world
     folder.mkdir(parents=True, exist_ok=True)
-    start = pretrained(world.start, corpus(train, seed), steps=START_STEPS, seed=seed)
-    asked = asyncio.run(answered(start, train[:800], 8, seed))
+    start = pretrained(world.start, corpus(read, seed), steps=START_STEPS, seed=seed)
+    asked = asyncio.run(answered(start, train, 8, seed))
     rows = offline_rows(asked) | {
-        "prompts": [{"prompt": task.prompt, "answer": task.answer} for task in train[:800]],
+        "prompts": [{"prompt": task.prompt, "answer": task.answer} for task in train],
         "gold": [{"prompt": task.prompt, "completion": task.answer} for task in train[:256]],
-        "corpus": [{"text": f"{task.prompt}{task.answer}"} for task in train],
+        "corpus": [{"text": f"{task.prompt}{task.answer}"} for task in corpus(read, seed + 1)],
     }
     for name, lines in rows.items():
         write_rows(folder / f"{name}.jsonl", lines)
-    pretrained(world.teacher, train, steps=TEACHER_STEPS, seed=seed + 1, begin=start)
+    pretrained(world.teacher, read, steps=TEACHER_STEPS, seed=seed + 1, begin=start)
     done.write_text("")
     return world
