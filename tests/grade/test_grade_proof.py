@@ -26,8 +26,12 @@ def test_every_grader_of_the_room_is_in_the_registry() -> None:
     classes = {
         value for value in vars(grade).values() if isinstance(value, type) and callable(getattr(value, "grade", None))
     }
-    assert {type(grader) for grader in all_graders()} == classes
-    assert len(classes) >= 8
+    there = {type(grader) for grader in all_graders()}
+    # What this machine may lack: an extra, or a kernel that gives a sandbox. A reward model needs a model first.
+    lacking = {grade.Maths, grade.JsonSchema, grade.UnitTests, grade.InputOutput, grade.HttpReward}
+    assert classes - there <= lacking | {grade.RewardModel, grade.Prefers}
+    assert there <= classes
+    assert len(classes) >= 20
 
 
 def test_graders_are_graders() -> None:
@@ -98,5 +102,5 @@ def test_cases_that_cannot_be_made_are_an_error() -> None:
 
 
 def test_the_door_is_sorted_and_whole() -> None:
-    assert list(grade.__all__) == sorted(grade.__all__)
+    assert list(grade.__all__) == sorted(grade.__all__, key=lambda name: (not name.isupper(), name))
     assert all(hasattr(grade, name) for name in grade.__all__)

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,9 @@ KINDS = ("text", "prompt", "completion", "preference", "unpaired")
 EXTRAS = {
     "data": ("pyarrow",),
     "hub": ("huggingface_hub",),
+    "instructions": ("langdetect",),
     "math": ("math_verify",),
+    "schema": ("jsonschema",),
     "serve": ("httpx", "starlette", "uvicorn"),
 }
 BF16_TOLERANCE = 0.1  # of the spread of the product; rounding the factors costs about 0.01
@@ -163,13 +164,17 @@ def check_extras() -> Check:
 
 
 def check_sandbox() -> Check:
-    """Bubblewrap, for running what a model wrote."""
-    path = shutil.which("bwrap")
-    if path is None:
-        return ok(
-            "sandbox", "bubblewrap is not installed; only graders that run programs need it", "install bubblewrap"
-        )
-    return ok("sandbox", f"bubblewrap at {path}")
+    """Whether what a model wrote can be run where it does no harm."""
+    from posttrain.grade import Sandbox, SandboxUnavailable
+
+    sandbox = Sandbox()
+    try:
+        sandbox.start()
+    except SandboxUnavailable as error:
+        return warning("sandbox", str(error), "without it graders that run programs refuse to work")
+    finally:
+        sandbox.close()
+    return ok("sandbox", f"model-written programs run with all layers: {', '.join(sandbox.layers)}")
 
 
 def check_graders() -> list[Check]:

@@ -20,6 +20,7 @@ from posttrain.grade.maths import Maths
 from posttrain.grade.number import Number
 from posttrain.grade.sql_result import SqlResult
 from posttrain.grade.text import Exact, Length, Regex
+from posttrain.grade.verifier_proof import verifier_graders
 
 
 class ProvenCase(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,7 +111,8 @@ async def _prove(grader: Grader, deadline_s: float) -> ProofReport:
 def all_graders() -> list[Grader]:
     """One small instance of every built-in grader, each able to prove itself here and now.
 
-    SqlResult gets a temporary database, which goes with it; Maths is left out where its extra is not installed.
+    SqlResult gets a temporary database, which goes with it. Left out are those whose extra is not installed (Maths,
+    JsonSchema), and those that run programs (UnitTests, InputOutput) where no sandbox is to be had.
     """
     fruit = Task(id="fruit", prompt="An apple?", answer="yes")
     tagged = [right(fruit, "<answer>Yes.</answer>"), wrong(fruit, "<answer>no</answer>"), wrong(fruit, "yes")]
@@ -125,6 +127,7 @@ def all_graders() -> list[Grader]:
         Function(_says_yes, cases=[right(fruit, "yes"), wrong(fruit, "perhaps")]),
         Weighted([(Exact(), 1.0), (Length(max=5, unit="words"), 0.5)]),
         _sql_on_temporary_database(),
+        *verifier_graders(),
         *judged_graders(),
     ]
     if importlib.util.find_spec("math_verify") is not None:

@@ -108,12 +108,13 @@ class Repetition:
             return ()
         plain = " ".join(f"w{number}" for number in range(60))
         circles = " ".join(["round and round it goes"] * 24)
+        low = 0.1 if self._max_loop is None or self._max_loop > 110 else 0.0
         say_again = f"{plain} {plain}"
         halves = 1 - repeated_ngrams(say_again.split(), self._n)
         expected = 0.0 if self._max_loop is not None and self._max_loop < 60 else min(1.0, halves / (1 - self._free))
         return (
             GradeCase(task=task, text=plain, low=1, high=1, why="nothing comes twice"),
-            GradeCase(task=task, text=circles, low=0, high=0.1, why="goes round in circles"),
+            GradeCase(task=task, text=circles, low=0, high=low, why="goes round in circles"),
             GradeCase(
                 task=task, text=say_again, low=expected - 1e-9, high=min(expected + 1e-9, 0.999), why="said twice"
             ),
