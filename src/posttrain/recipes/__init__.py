@@ -47,6 +47,20 @@ BUILT_IN: dict[str, tuple[str, str]] = {
         "posttrain.recipes.judge_calibration",
         "Compare a judge with people's labels: agreement beyond chance, position, length, right and wrong.",
     ),
+    "tulu3": (
+        "posttrain.recipes.tulu3",
+        "Tülu 3: SFT, on-policy preferences with length-normalised DPO, RL with verifiable rewards; dev and unseen.",
+    ),
+    "llama3_rounds": (
+        "posttrain.recipes.llama3_rounds",
+        "Llama 3's rounds: reward model, rejection sampling, SFT, DPO, average of models; "
+        "win rate of each over the last.",
+    ),
+    "r1_zero": (
+        "posttrain.recipes.r1_zero",
+        "R1-Zero: GRPO on a base model with rule rewards for accuracy and form; "
+        "optionally imitation of its best answers.",
+    ),
     "flywheel": (
         "posttrain.recipes.flywheel",
         "The whole circle on a laptop: a text-to-SQL assistant from nothing, promoted, served, and tuned on its users.",
