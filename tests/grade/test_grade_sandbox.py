@@ -296,6 +296,15 @@ def test_a_layer_is_given_up_only_by_name() -> None:
     weaker.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can do without user namespaces")
+def test_without_user_namespaces_code_is_nobody_all_the_same() -> None:
+    weaker = Sandbox(LIMITS, without=["user"])
+    run = weaker.run_now("import os; print(os.getresuid()); open('/lib/evil', 'w')")
+    assert run.stdout == f"({kernel.NOBODY}, {kernel.NOBODY}, {kernel.NOBODY})\n"
+    assert run.exit_status == 1
+    weaker.close()
+
+
 def test_readable_folders_and_commands(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("VALUE = 7\n")
     tmp_path.chmod(0o755)
