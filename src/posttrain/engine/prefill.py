@@ -11,13 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.engine.attention import ContinuedPrompts, WholePrompts
 from posttrain.engine.cache import PromptCache
+from posttrain.engine.compiled import CompiledDecoder
 from posttrain.engine.generation import Generation
 from posttrain.engine.prefixes import PrefixStore
 from posttrain.models import Decoder
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(kw_only=True)
@@ -50,9 +54,12 @@ class _LongPrompt:
 class PromptReader:
     """Runs the decoder over prompts. A prompt longer than the budget of one iteration is read in chunks."""
 
-    def __init__(self, model: Decoder, prefixes: PrefixStore, budget: int) -> None:
-        """Take the most tokens that one iteration reads."""
+    def __init__(
+        self, model: Decoder, prefixes: PrefixStore, budget: int, compiled: CompiledDecoder | None = None
+    ) -> None:
+        """Take the most tokens that one iteration reads, and the compiled pass where there is one for this model."""
         self.model = model
+        self.compiled = compiled
         self.prefixes = prefixes
         self.budget = budget
         self.long: deque[_LongPrompt] = deque()
@@ -92,21 +99,25 @@ class PromptReader:
         prompt = self.long[0]
         tokens = prompt.generation.request.prompt
         chunk = tokens[prompt.num_read : prompt.num_read + budget]
-        hidden = self._continue(prompt.cache, np.array([prompt.num_read]), [chunk])
+        last = prompt.num_read + len(chunk) == len(tokens)
+        logits_NV = self._continue(prompt.cache, np.array([prompt.num_read]), [chunk], logits=last)
         prompt.num_read += len(chunk)
-        if prompt.num_read < len(tokens):
+        if logits_NV is None:
             return None
         self.long.popleft()
-        logits_V = self.model.logits(hidden[0, len(chunk) - 1 : len(chunk)])[0]
-        return ReadPrompt(generation=prompt.generation, cache=prompt.cache, row=0, logits_V=logits_V)
+        return ReadPrompt(generation=prompt.generation, cache=prompt.cache, row=0, logits_V=logits_NV[0])
 
     def _read_fresh(self, batch: list[Generation]) -> list[ReadPrompt]:
         prompts = [generation.request.prompt for generation in batch]
+        if self.compiled is not None:
+            cache = self._empty(len(batch), max(map(len, prompts)))
+            logits_NV = self._continue(cache, np.zeros(len(batch), np.int64), prompts)
+            return _ready(batch, cache, logits_NV)
         cache = PromptCache(self.model.config.num_layers, len(batch))
         tokens_NT = self._pad(prompts)
         hidden_NTD = self.model.hidden(tokens_NT, attend=WholePrompts(cache))
         self.num_computed += sum(map(len, prompts))
-        return self._finish(batch, cache, hidden_NTD, [len(prompt) - 1 for prompt in prompts])
+        return _ready(batch, cache, self._last_logits(hidden_NTD, prompts))
 
     def _read_continued(self, found: list[tuple[Generation, PromptCache, int]]) -> list[ReadPrompt]:
         batch = [generation for generation, _, _ in found]
@@ -115,29 +126,49 @@ class PromptReader:
         cache = self._empty(len(found), int(starts.max()) + max(map(len, rests)))
         for row, (_, prefix, length) in enumerate(found):
             _copy(prefix, cache, row, length)
-        hidden_NTD = self._continue(cache, starts, rests)
-        return self._finish(batch, cache, hidden_NTD, [len(rest) - 1 for rest in rests])
+        return _ready(batch, cache, self._continue(cache, starts, rests))
 
-    def _continue(self, cache: PromptCache, starts: np.ndarray, rests: Sequence[Sequence[int]]) -> Tensor:
+    def _continue(
+        self, cache: PromptCache, starts: Ints, rests: Sequence[Sequence[int]], *, logits: bool = True
+    ) -> Tensor | None:
+        """Read the rests of prompts whose first tokens are cached; what follows each, NV, where it is asked for."""
+        self.num_computed += sum(map(len, rests))
+        if self.compiled is not None:
+            return self._continue_compiled(self.compiled, cache, starts, rests, logits)
         tokens_NT = self._pad(rests)
         num_tokens = tokens_NT.shape[1]
         attend = ContinuedPrompts(cache, starts, num_tokens, tokens_NT.device)
         # Padding may stand past the last position that the model knows; its result is never read.
         positions = np.minimum(starts[:, None] + np.arange(num_tokens), self.model.config.max_positions - 1)
         positions_NT = torch.from_numpy(positions).to(tokens_NT.device)
-        self.num_computed += sum(map(len, rests))
-        return self.model.hidden(tokens_NT, positions_BT=positions_NT, attend=attend)
+        hidden_NTD = self.model.hidden(tokens_NT, positions_BT=positions_NT, attend=attend)
+        return self._last_logits(hidden_NTD, rests) if logits else None
 
-    def _finish(
-        self, batch: list[Generation], cache: PromptCache, hidden_NTD: Tensor, last: list[int]
-    ) -> list[ReadPrompt]:
+    def _continue_compiled(
+        self, compiled: CompiledDecoder, cache: PromptCache, starts: Ints, rests: Sequence[Sequence[int]], logits: bool
+    ) -> Tensor | None:
+        lengths = np.array([len(rest) for rest in rests])
+        ends = np.cumsum(lengths)
+        sequences = np.concatenate(([0], ends))
+        outputs = np.full(ends[-1], -1)
+        if logits:
+            outputs[ends - 1] = np.arange(len(rests))
+        result = compiled.forward(
+            cache.keys,
+            cache.values,
+            np.fromiter((token for rest in rests for token in rest), np.int64, ends[-1]),
+            np.repeat(np.arange(len(rests)), lengths),
+            np.arange(ends[-1]) - np.repeat(sequences[:-1] - starts, lengths),
+            sequences=sequences,
+            outputs_N=outputs,
+        )
+        return result if logits else None
+
+    def _last_logits(self, hidden_NTD: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
         # Logits of the last position only: a prompt's other logits would cost V × T for nothing.
-        rows = torch.arange(len(batch), device=hidden_NTD.device)
-        logits_NV = self.model.logits(hidden_NTD[rows, torch.tensor(last, device=hidden_NTD.device)])
-        return [
-            ReadPrompt(generation=generation, cache=cache, row=row, logits_V=logits_NV[row])
-            for row, generation in enumerate(batch)
-        ]
+        rows = torch.arange(len(prompts), device=hidden_NTD.device)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden_NTD.device)
+        return self.model.logits(hidden_NTD[rows, last])
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Token ids NT, padded on the right: under a causal mask nothing real sees what stands after it.
@@ -164,6 +195,14 @@ class PromptReader:
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def _ready(batch: list[Generation], cache: PromptCache, logits_NV: Tensor | None) -> list[ReadPrompt]:
+    assert logits_NV is not None
+    return [
+        ReadPrompt(generation=generation, cache=cache, row=row, logits_V=logits_NV[row])
+        for row, generation in enumerate(batch)
+    ]
 
 
 def _copy(source: PromptCache, target: PromptCache, row: int, length: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from posttrain.core import Completion, StopReason, TextTokenizer
 from posttrain.engine.attention import SingleTokens
 from posttrain.engine.cache import PromptCache, SlotCache
+from posttrain.engine.compiled import CompiledDecoder, fits
 from posttrain.engine.generation import Generation, StreamEvent, wake
 from posttrain.engine.prefill import PromptReader, ReadPrompt
 from posttrain.engine.prefixes import PrefixStore
@@ -56,8 +57,9 @@ class Stepper:
             dtype=weight.dtype,
             device=self.device,
         )
+        self.compiled = CompiledDecoder(model, max_length) if fits(config, weight.dtype, self.device) else None
         self.prefixes = PrefixStore(prefix_tokens)
-        self.reader = PromptReader(model, self.prefixes, prefill_tokens)
+        self.reader = PromptReader(model, self.prefixes, prefill_tokens, self.compiled)
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -66,6 +68,7 @@ class Stepper:
         self._is_eos[[token for token in tokenizer.eos_ids if token < config.vocab_size]] = True
         self._stop_candidates = StopCandidates(tokenizer, config.vocab_size)
         self._may_expire = False
+        self._logits: Tensor | None = None  # of the running rows, written over by every compiled step
 
     # Requests in and out
 
@@ -127,6 +130,8 @@ class Stepper:
     def step(self) -> None:
         """Admit what fits, then sample one token for every running row."""
         self.num_steps += 1
+        if self.compiled is not None:
+            self.compiled.refresh(self.model)
         if self._may_expire:
             self._expire()
         self._start_ready()
@@ -242,6 +247,9 @@ class Stepper:
         """One token for every running row."""
         num, width = self.rows.num, self._decode_width()
         table = self.rows.table[:num]
+        if self.compiled is not None:
+            self._sample(self._compiled_logits(self.compiled), np.arange(num), whole=True)
+            return
         lengths, last = np.zeros(width, np.int64), np.zeros(width, np.int64)
         lengths[:num], last[:num] = table["length"], table["last"]
         longest = int(lengths.max())
@@ -257,6 +265,16 @@ class Stepper:
             return
         table["length"] += 1
         self._sample(logits_NV, np.arange(self.rows.num), whole=True)
+
+    def _compiled_logits(self, compiled: CompiledDecoder) -> Tensor:
+        num, table = self.rows.num, self.rows.table
+        if self._logits is None:
+            self._logits = compiled.buffer(len(self.rows.rows))
+        lengths = table["length"][:num].astype(np.int64)
+        table["length"][:num] += 1
+        last = table["last"][:num].astype(np.int64)
+        keys, values = self.cache.keys, self.cache.values
+        return compiled.forward(keys, values, last, np.arange(num), lengths, logits=self._logits)
 
     def _decode_width(self) -> int:
         """Rows to decode: the running ones, on a CPU in bf16 a few idle slots more.
