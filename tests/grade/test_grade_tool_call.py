@@ -83,6 +83,21 @@ def test_pairing_is_the_largest_one() -> None:
     assert asyncio.run(ToolCalls().grade(trajectory_from_text(task, "[f(a=1), f(a=2)]"))).score == 1.0
 
 
+def test_types_and_requirements_that_the_tool_declares() -> None:
+    wanted = {
+        "name": "f",
+        "arguments": {"n": [5], "x": [2.0, ""], "who": ["", "me"]},
+        "types": {"n": "integer", "x": "float", "who": "string"},
+        "required": ["n", "who"],
+    }
+    task = Task(id="t", prompt="?", facts={"calls": [wanted]})
+    scores = {
+        text: asyncio.run(ToolCalls().grade(trajectory_from_text(task, text))).score
+        for text in ("f(n=5, who='me')", "f(n=5.0, who='me')", "f(n=5, x=2, who='me')", "f(n=5)", "f(n=5, who='')")
+    }
+    assert list(scores.values()) == [1.0, 0.0, 1.0, 0.0, 1.0]
+
+
 def test_any_call_and_no_word_on_calls() -> None:
     task = Task(id="t", prompt="?", facts={"calls": "any"}, tools=(ToolSpec(name="f"),))
     scores = [asyncio.run(ToolCalls().grade(trajectory_from_text(task, text))).score for text in ("f()", "g()", "no")]
@@ -103,12 +118,19 @@ def _written(accepted: Any, depth: int = 0) -> Any:
     return [_written(item, depth) for item in accepted] if isinstance(accepted, list) else accepted
 
 
-def _calls(truth: dict[str, Any]) -> list[dict[str, Any]]:
+def _calls(row: dict[str, Any], truth: dict[str, Any]) -> list[dict[str, Any]]:
+    required = {function["name"]: function["parameters"].get("required", ()) for function in row["function"]}
     calls = []
     for call in truth["ground_truth"]:
         for name, arguments in call.items():
-            chosen = {key: [v for v in values if v != ""] for key, values in arguments.items()}
-            calls.append({"name": name, "arguments": {key: _written(v[0]) for key, v in chosen.items() if v}})
+            written = {}
+            for key, values in arguments.items():
+                chosen = [value for value in values if value != ""]
+                if chosen:
+                    written[key] = _written(chosen[0])
+                elif key in required.get(name, ()):  # nothing is accepted but nothing
+                    written[key] = "" if values else []
+            calls.append({"name": name, "arguments": written})
     return calls
 
 
@@ -144,7 +166,7 @@ def test_ground_truths_of_bfcl_pass_and_mutants_fail(data_rows: Rows, category: 
         counts: Counter[str] = Counter()
         for row, truth in zip(rows, truths, strict=True):
             assert row["id"] == truth["id"]
-            task, calls = bfcl_task(row, truth), _calls(truth)
+            task, calls = bfcl_task(row, truth), _calls(row, truth)
             tagged = "".join(f"<tool_call>{json.dumps(call)}</tool_call>" for call in reversed(calls))
             for text in (json.dumps(calls), tagged):
                 counts["gold"] += (await ToolCalls().grade(trajectory_from_text(task, text))).score == 1.0

@@ -143,12 +143,45 @@ def _plain(text: str) -> str:
     return _LOOSE_MARKS.sub("", text).lower().replace("'", '"')
 
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "float": (float, int), "number": (float, int), "boolean": (bool,),
+    "array": (list, tuple), "tuple": (list, tuple), "dict": (dict,), "object": (dict,), "null": (type(None),),
+}  # fmt: skip
+
+
+def mistyped(wanted: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What keeps arguments from being of the tool's own types; empty where nothing does.
+
+    A value is of the type that the tool declares, or of that of an accepted value (a variable's name for a number); a
+    whole number will do for a float, a float for no integer. An argument that the tool requires may not be left out.
+
+    Args:
+        wanted: a wanted call, with `types` by argument and the `required` ones, where they are known.
+        given: the arguments.
+    """
+    for name in wanted.get("required", ()):
+        if name not in given and name in wanted.get("arguments", {}):
+            return f"no argument {name!r}, which the tool requires"
+    for name, kind in wanted.get("types", {}).items():
+        allowed = _TYPES.get(str(kind).lower())
+        if allowed is None or name not in given:
+            continue
+        choices = wanted.get("arguments", {}).get(name, ())
+        kinds = {
+            type(choice) for choice in (choices if isinstance(choices, list | tuple) else [choices]) if choice != ""
+        }
+        if type(given[name]) not in kinds.union(allowed):
+            return f"{name!r} is {str(given[name])[:60]!r}, not of the type {kind}"
+    return ""
+
+
 class ToolCalls:
     """1 where the answer makes the calls that the task wants and no other, else 0.
 
     The task's facts: `calls`, a list of `{"name": …, "arguments": {argument: [accepted value, …]}}`. An argument may be
-    left out where the empty text is among its accepted values. An empty list wants no call at all; `"any"` wants at
-    least one call to one of the task's tools.
+    left out where the empty text is among its accepted values. With `types` (type name by argument) and `required` (a
+    list of arguments) those are checked too, as the tool declares them. An empty list wants no call at all; `"any"`
+    wants at least one call to one of the task's tools.
 
     Calls are the `tool_calls` of the trajectory's last assistant message, or else those that its text makes.
 
@@ -198,7 +231,8 @@ class ToolCalls:
             for index in candidates:
                 if index >= len(made) or made[index].name != item["name"]:
                     continue
-                reason = why_not(item.get("arguments", {}), made[index].arguments)
+                given = made[index].arguments
+                reason = why_not(item.get("arguments", {}), given) or mistyped(item, given)
                 if reason:
                     why = why or f"{item['name']}: {reason}"
                 else:
@@ -286,10 +320,13 @@ def bfcl_task(row: Mapping[str, Any], truth: Mapping[str, Any] | None = None) ->
         row: id, question, function.
         truth: id, ground_truth; None for the categories in which no call is right.
     """
-    calls = [
-        {"name": name, "arguments": arguments}
-        for call in (truth["ground_truth"] if truth else ())
-        for name, arguments in call.items()
-    ]
+    declared = {function["name"]: function["parameters"] for function in row["function"]}
+    calls = []
+    for call in truth["ground_truth"] if truth else ():
+        for name, arguments in call.items():
+            parameters = declared.get(name, {})
+            types = {key: value.get("type", "") for key, value in parameters.get("properties", {}).items()}
+            required = list(parameters.get("required", ()))
+            calls.append({"name": name, "arguments": arguments, "types": types, "required": required})
     prompt = "\n".join(message["content"] for turn in row["question"] for message in turn)
     return Task(id=str(row["id"]), prompt=prompt, facts={"calls": calls})
