@@ -55,14 +55,14 @@ def _merged(method: str, *names: str, **values: Any) -> Options:
 
 
 SFT: dict[str, Any] = {"epochs": 4.0, "batch_size": 32, "held_out": 0, "lr": 1e-3}
-PAIRS: dict[str, Any] = {"epochs": 3.0, "batch_size": 32, "held_out": 0, "lr": 3e-4}
+PAIRS: dict[str, Any] = {"epochs": 6.0, "batch_size": 32, "held_out": 0, "lr": 1e-4}
 RL: dict[str, Any] = {
     "grader": "exact",
     "steps": 40,
     "prompts_per_step": 16,
     "group_size": 8,
     "max_tokens": MAX_TOKENS,
-    "lr": 5e-4,
+    "lr": 3e-4,
 }
 REWARD: dict[str, Any] = {"epochs": 4.0, "batch_size": 32, "held_out": 100, "lr": 1e-3}
 TAUGHT: dict[str, Any] = {
@@ -73,7 +73,7 @@ TAUGHT: dict[str, Any] = {
     "held_out": 0,
     "lr": 1e-3,
 }
-ON_POLICY: dict[str, Any] = {"steps": 30, "prompts_per_step": 16, "samples": 4, "max_tokens": MAX_TOKENS, "lr": 1e-3}
+ON_POLICY: dict[str, Any] = {"steps": 60, "prompts_per_step": 16, "samples": 4, "max_tokens": MAX_TOKENS, "lr": 3e-4}
 LORA: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0, "lr": 5e-3}
 
 
@@ -147,9 +147,9 @@ def _preference() -> list[Entry]:
     pairs, labels = "pairs of its own right and wrong answers", "its own answers, labelled"
     return [
         *(Entry(_dpo_name(loss), "preference", "dpo", pairs, _fixed("pairs", loss=loss, **PAIRS)) for loss in METHODS),
-        Entry("dpo, LoRA", "adapter", "dpo", pairs, _fixed("pairs", **PAIRS | {"lora_rank": 8, "lr": 3e-3})),
+        Entry("dpo, LoRA", "adapter", "dpo", pairs, _fixed("pairs", **PAIRS | {"lora_rank": 8, "lr": 1e-3})),
         *(
-            Entry(loss, "preference", "kto", labels, _fixed("labels", loss=loss, **PAIRS | {"epochs": 2.0}))
+            Entry(loss, "preference", "kto", labels, _fixed("labels", loss=loss, **PAIRS | {"epochs": 4.0}))
             for loss in ("kto", "bco")
         ),
         Entry(
@@ -165,7 +165,7 @@ def _preference() -> list[Entry]:
                 group_size=8,
                 max_tokens=MAX_TOKENS,
                 batch_size=16,
-                lr=5e-4,
+                lr=3e-4,
             ),
         ),
     ]
