@@ -170,7 +170,7 @@ class Sandbox:
             stack.enter_context(judge)
             for end in (ours, theirs, verdict_write):
                 end.close()
-            reader = Reader({verdict.fileno(): 1_000_000}, judge, started_s + self.limits.wall_s)
+            reader = Reader({verdict.fileno(): 1_000_000}, judge, self.limits.wall_s)
             lines = reader.read()[verdict.fileno()].splitlines()
             facts = ended(judge, reader)
             other = ended(candidate, reader, may_be_lost=True)
@@ -195,7 +195,7 @@ class Sandbox:
             out_write.close()
             err_write.close()
             caps = dict.fromkeys((out.fileno(), err.fileno()), self.limits.output_bytes)
-            reader = Reader(caps, job, started_s + self.limits.wall_s)
+            reader = Reader(caps, job, self.limits.wall_s)
             stdout, stderr = reader.read().values()
             facts = ended(job, reader)
         return SandboxRun(
@@ -220,7 +220,7 @@ class Sandbox:
             "layers": self.layers,
             "readable": self._readable,
             "disk_bytes": limits.disk_bytes,
-            "wall_s": limits.wall_s + 1.0,  # this process keeps the time; that one is there if this one dies
+            "wall_s": limits.wall_s + 70.0,  # this process keeps the time; that one is there if this one dies
             "spawn": limits.spawn,
             "limits": {
                 "RLIMIT_AS": limits.memory_bytes,

@@ -16,6 +16,7 @@ from typing import Any
 
 from posttrain.core import GradeError
 
+_START_S = 60.0  # for a sandbox to be made, which on a busy machine takes long; no part of the code's own time
 _GRACE_S = 5.0  # for the processes to be gone once they are told to
 _CHUNK = 65536
 
@@ -116,12 +117,14 @@ class Job:
 
 
 class Reader:
-    """Reads a job's pipes up to their caps until the job is gone or its time is over."""
+    """Reads a job's pipes up to their caps until the job is gone or its time, which begins with its code, is over."""
 
-    def __init__(self, caps: dict[int, int], job: Job, deadline_s: float) -> None:
+    def __init__(self, caps: dict[int, int], job: Job, wall_s: float) -> None:
         self._caps = caps
         self._job = job
-        self._deadline_s = deadline_s
+        self._wall_s = wall_s
+        self._deadline_s = time.monotonic() + _START_S
+        self._begun = False
         self.timed_out = self.too_much = False
 
     def read(self) -> dict[int, bytes]:
@@ -136,11 +139,16 @@ class Reader:
                 remaining_s = self._deadline_s - time.monotonic()
                 ready = selector.select(max(0.0, remaining_s)) if remaining_s > 0 else []
                 if not ready and self._deadline_s - time.monotonic() <= 0:
+                    if not self._begun:
+                        raise GradeError(f"sandbox: its code did not begin within {_START_S:g} s; too much runs here")
                     self.timed_out = True
                     return {descriptor: bytes(data) for descriptor, data in found.items()}
                 for key, _ in ready:
                     if key.fd == self._job.control.fileno():
                         running = self._job.receive()
+                        if not self._begun and self._job.facts.get("begun"):
+                            self._begun = True
+                            self._deadline_s = time.monotonic() + self._wall_s
                         if not running:
                             selector.unregister(key.fd)
                         continue

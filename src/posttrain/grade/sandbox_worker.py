@@ -149,6 +149,7 @@ def _init(job: dict[str, Any], descriptors: list[int], as_root: bool, alive: int
     if complaint != b"in place":
         layer, _, reason = complaint.decode(errors="replace").partition(": ")
         raise kernel.LayerError(layer or "setup", reason or "the guest ended early")
+    _report(control, {"begun": True})  # from here on the caller's clock runs
     while True:
         pid, status = os.wait()
         if pid == child:
