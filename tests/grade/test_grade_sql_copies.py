@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.core import ConfigError, Grade, GradeError, Task, Trajectory
@@ -66,6 +66,7 @@ def test_columns_in_another_order_or_more_of_them() -> None:
     assert results_match([], [], ordered=False, columns="superset")
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from("ab")), max_size=5),
     st.permutations([0, 1, 2]),

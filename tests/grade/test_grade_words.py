@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.core import ConfigError, Grade, GradeError, Grader, Task
@@ -58,6 +58,7 @@ def test_f1_by_hand(grade_text: GradeText) -> None:
     assert (grade.score, grade.parts["exact"]) == (1.0, 1.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcd")), st.lists(st.sampled_from("abcd")))
 def test_f1_is_symmetric_and_1_only_for_the_same_words(one: list[str], other: list[str]) -> None:
     f1, precision, recall = word_f1(one, other)
