@@ -109,7 +109,7 @@ def test_closing_a_stream_frees_its_slots(make_engine: MakeEngine) -> None:
         assert [len(completion.tokens) for completion in after] == [3, 3]
 
     asyncio.run(run())
-    assert engine.stats().generation_tokens_total < 400
+    assert engine.stats().generation_tokens_total < 2 * LONG.max_tokens + 6
 
 
 def test_cancelling_a_request_gives_what_was_written(make_model: Any, make_engine: MakeEngine) -> None:

@@ -198,6 +198,9 @@ print('done')
     assert generous.run_now(body).stdout == "done\n"
     assert time.monotonic() - started_s < 5
     time.sleep(0.2)
+    until_s = time.monotonic() + 5  # the kernel takes its time on a busy machine
+    while _num_processes("sandbox_worker") > 2 and time.monotonic() < until_s:
+        time.sleep(0.05)
     assert _num_processes("sandbox_worker") <= 2
     generous.close()
 

@@ -134,10 +134,15 @@ class CompiledDecoder:
         self._seen: tuple[object, int] | None = None
         self.refresh(model)
 
-    def refresh(self, model: Decoder) -> None:
-        """Pack the weights again where they have changed since; merged, if the decoder has adapters."""
-        seen = (model, sum(weight._version for weight in model.parameters()))
-        if seen == self._seen:
+    def refresh(self, model: Decoder, *, changed: bool = False) -> None:
+        """Pack the weights again where they have changed since; merged, if the decoder has adapters.
+
+        Args:
+            model: of the same shape; where it has changed in place, PyTorch has counted it.
+            changed: it has changed, whatever PyTorch says: it counts nothing for weights made in inference mode.
+        """
+        seen = (model, sum(weight._version for weight in model.parameters() if not weight.is_inference()))
+        if seen == self._seen and not changed:
             return
         with torch.no_grad():
             weights = PlainWeights(model)

@@ -114,6 +114,8 @@ class Stepper:
         """Go on with other weights. Running rows keep their cache; prompts not started yet are read again."""
         self.model = self.reader.model = model
         self.version = version
+        if self.compiled is not None:
+            self.compiled.refresh(model, changed=True)
         self.prefixes.clear()
         again = [*(prompt.generation for prompt in self.ready), *(prompt.generation for prompt in self.reader.long)]
         self.ready.clear()

@@ -17,7 +17,7 @@ from posttrain.core import Example, recipe
 from posttrain.objectives import Divergence
 from posttrain.recipes.policy import Policy
 from posttrain.recipes.preference_loop import Measured, measure_pairs, preference_loop, say_ranking
-from posttrain.recipes.preference_methods import method_named
+from posttrain.recipes.preference_methods import Method, method_named
 from posttrain.recipes.preference_rendering import pair_examples
 from posttrain.recipes.preference_run import check_reference, get_ready, keep_tuned, load_pairs
 from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
@@ -90,8 +90,15 @@ def dpo(
         resume: run folder to go on with.
     """
     options = dict(locals())
+    _method(options).objective(divergence)
+    check_reference(options)
     with open_workbench("dpo", options, runs=runs, resume=resume) as bench:
         return run_dpo(bench, options)
+
+
+def _method(options: Mapping[str, Any]) -> Method:
+    given = {key: options[key] for key in ("beta", "lr", "label_smoothing", "gamma", "nll_coef")}
+    return replace(method_named(options["loss"]), **{key: value for key, value in given.items() if value is not None})
 
 
 def run_dpo(bench: Workbench, options: Mapping[str, Any]) -> Path:
@@ -104,8 +111,7 @@ def run_dpo(bench: Workbench, options: Mapping[str, Any]) -> Path:
     Returns:
         The run's folder; the tuned model is in its `model`, registered as `options["name"]`.
     """
-    given = {key: options[key] for key in ("beta", "lr", "label_smoothing", "gamma", "nll_coef")}
-    method = replace(method_named(options["loss"]), **{key: value for key, value in given.items() if value is not None})
+    method = _method(options)
     objective = method.objective(options["divergence"])
     check_reference(options)
 
