@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: quickstart test check fast-test format lint types contracts bench docs lock clean
+.PHONY: quickstart test check fast-test format lint types contracts bench methods docs lock clean
 
 # The stamp is newer than what it was installed from, or pip runs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,8 +41,13 @@ contracts: $(VENV)/.installed-dev
 fast-test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m "not slow" -q
 
+# Ours against transformers and TRL, which get an environment of their own. About an hour; BENCH='--only sampling' takes a part.
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+# Every method from one start on one small world; a quarter of an hour.
+methods: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/methods.py
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/build_reference.py
