@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.core import ModelError
+from posttrain.models import fused
+
+_LONG = 512  # tokens of one sequence from which a single thread is too slow
 
 
 class Attend(Protocol):
@@ -47,6 +50,7 @@ class CausalAttend:
             raise ModelError(f"lengths of packed sequences must each be at least 1, not {self.lengths}")
         self._buckets: dict[torch.device, list[_Bucket]] = {}
         self._offsets: dict[torch.device, Tensor] = {}
+        self._starts: Tensor | None = None
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, *, window: int | None) -> Tensor:
         """See `Attend`."""
@@ -63,6 +67,40 @@ class CausalAttend:
         if q_NHK.is_cuda and q_NHK.dtype in (torch.bfloat16, torch.float16) and _varlen() is not None:
             return self._varlen_attention(q_NHK, k_NJK, v_NJK, window)[None]
         return self._bucketed_attention(q_NHK, k_NJK, v_NJK, window)[None]
+
+    def fits(self, heads_BTAK: Tensor, num_kv_heads: int) -> bool:
+        """Whether `attend_fused` is to be had for these heads, and the faster one."""
+        num_rows, num_tokens = heads_BTAK.shape[:2]
+        lengths = self._lengths_of(num_rows, num_tokens)
+        # a sequence's key-value head is one thread's work
+        busy = len(lengths) * num_kv_heads >= torch.get_num_threads() or num_tokens < _LONG
+        whole = sum(lengths) == num_rows * num_tokens  # if not, the call says what is wrong
+        return whole and busy and fused.available(heads_BTAK.device, heads_BTAK.dtype)
+
+    def attend_fused(
+        self, heads_BTAK: Tensor, angles: tuple[Tensor, Tensor] | None, num_heads: int, window: int | None
+    ) -> Tensor:
+        """The same as calling it, by the room's own kernel, from queries, keys and values side by side.
+
+        Args:
+            heads_BTAK: A = H + 2J heads, rotary positions not yet applied.
+            angles: see `fused.attention`.
+            num_heads: H.
+            window: see `Attend`.
+
+        Returns:
+            BTHK.
+        """
+        num_rows, num_tokens, num_all, _ = heads_BTAK.shape
+        lengths = self._lengths_of(num_rows, num_tokens)
+        if self._starts is None or len(self._starts) != len(lengths) + 1 or self.lengths is None:
+            self._starts = fused.starts_of(lengths)
+        layout = fused.Layout(self._starts, num_heads, (num_all - num_heads) // 2, window)
+        out_NHK = fused.attention(heads_BTAK.flatten(0, 1), angles, layout)
+        return out_NHK.view(num_rows, num_tokens, *out_NHK.shape[1:])
+
+    def _lengths_of(self, num_rows: int, num_tokens: int) -> tuple[int, ...]:
+        return self.lengths if self.lengths is not None else (num_tokens,) * num_rows
 
     def _bucketed_attention(self, q_NHK: Tensor, k_NJK: Tensor, v_NJK: Tensor, window: int | None) -> Tensor:
         device = q_NHK.device

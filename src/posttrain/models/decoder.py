@@ -13,7 +13,7 @@ of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.core import ModelError, derive_seed
+from posttrain.models import fused
 from posttrain.models.attend import Attend, CausalAttend, packed_positions
 from posttrain.models.config import DecoderConfig
 from posttrain.models.norm import LayerNorm, RmsNorm
@@ -41,6 +42,16 @@ def make_norm(config: DecoderConfig, width: int | None = None) -> nn.Module:
     return kind(width or config.width, config.norm_eps)
 
 
+class Run(NamedTuple):
+    """What is the same for all layers of one forward pass."""
+
+    rotation: Rotation | None
+    angles: tuple[Tensor, Tensor] | None  # the rotation's cosines and sines of every token, NK, for the fused pieces
+    attend: Attend
+    dtype: torch.dtype  # of the weights
+    fused: torch.dtype | None  # of the products, where the fused pieces do what stands between them
+
+
 class Attention(nn.Module):
     """Self-attention. The rows of `qkv` are the query heads, then the key heads, then the value heads."""
 
@@ -58,20 +69,34 @@ class Attention(nn.Module):
             self.q_norm = RmsNorm(config.head_dim if per_head else heads, config.norm_eps)
             self.k_norm = RmsNorm(config.head_dim if per_head else kv_heads, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, run: Run) -> Tensor:
         """What the heads read from the tokens they see, BTD."""
         H, J = self.num_heads, self.num_kv_heads
         heads_BTAK = self.qkv(x_BTD).view(*x_BTD.shape[:2], H + 2 * J, self.head_dim)  # A = H + 2J: all heads
+        if run.fused is not None:
+            out_BTHK = self._attend_fused(heads_BTAK, run)
+            if out_BTHK is not None:
+                return self.out(out_BTHK.flatten(-2))  # type: ignore[no-any-return]
         qk_BTAK = heads_BTAK[:, :, : H + J]
         if self.qk_norm != "none":
             qk_BTAK = self._normalise(qk_BTAK)
-        if rotation is not None:
-            qk_BTAK = rotate(qk_BTAK, rotation)
-        out_BTHK = attend(
+        if run.rotation is not None:
+            qk_BTAK = rotate(qk_BTAK, run.rotation)
+        out_BTHK = run.attend(
             self.layer, qk_BTAK[:, :, :H], qk_BTAK[:, :, H:], heads_BTAK[:, :, H + J :], window=self.window
         )
         out_BTD: Tensor = self.out(out_BTHK.flatten(-2))
         return out_BTD
+
+    def _attend_fused(self, heads_BTAK: Tensor, run: Run) -> Tensor | None:
+        """The heads' output BTHK by the fused pieces, or None where they do not do it."""
+        H, J = self.num_heads, self.num_kv_heads
+        if not isinstance(run.attend, CausalAttend) or not run.attend.fits(heads_BTAK, J):
+            return None
+        if self.qk_norm != "none":
+            weights = (self.q_norm.weight, self.k_norm.weight)
+            heads_BTAK = fused.norm_heads(heads_BTAK, *weights, self.q_norm.eps, H, J)
+        return run.attend.attend_fused(heads_BTAK, run.angles, H, self.window)
 
     def _normalise(self, qk_BTAK: Tensor) -> Tensor:
         q_BTHK, k_BTJK = qk_BTAK[:, :, : self.num_heads], qk_BTAK[:, :, self.num_heads :]
@@ -89,14 +114,17 @@ class Mlp(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gated = config.gated_mlp
+        self.fusable = config.gated_mlp and config.activation == "silu"
         self.activation = _ACTIVATIONS[config.activation]
         self.up = nn.Linear(config.width, config.mlp_width * (2 if config.gated_mlp else 1), bias=config.mlp_bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, run: Run) -> Tensor:
         """BTD."""
         inner = self.up(x_BTD)
-        if self.gated:
+        if self.fusable and run.fused is not None:
+            inner = fused.silu_gate(inner)
+        elif self.gated:
             gate, values = inner.chunk(2, -1)
             inner = self.activation(gate) * values
         else:
@@ -116,13 +144,25 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = Mlp(config)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation | None, attend: Attend, dtype: torch.dtype) -> Tensor:
-        """The residual stream after this layer, fp32; `dtype` is that of the weights."""
+    def forward(self, x_BTD: Tensor, run: Run) -> Tensor:
+        """The residual stream after this layer, fp32."""
+        if run.fused is not None and not self.post_norm:
+            x_BTD, normed_BTD = fused_norm(self.attention_norm, x_BTD, run.fused)
+            x_BTD = fused.add(x_BTD, self.attention(normed_BTD, run))
+            x_BTD, normed_BTD = fused_norm(self.mlp_norm, x_BTD, run.fused)
+            return fused.add(x_BTD, self.mlp(normed_BTD, run))
         if self.post_norm:
-            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD.to(dtype), rotation, attend))
-            return x_BTD + self.mlp_norm(self.mlp(x_BTD.to(dtype)))  # type: ignore[no-any-return]
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD).to(dtype), rotation, attend)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD).to(dtype))  # type: ignore[no-any-return]
+            x_BTD = x_BTD + self.attention_norm(self.attention(x_BTD.to(run.dtype), run))
+            return x_BTD + self.mlp_norm(self.mlp(x_BTD.to(run.dtype), run))  # type: ignore[no-any-return]
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD).to(run.dtype), run)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD).to(run.dtype), run)  # type: ignore[no-any-return]
+
+
+def fused_norm(norm: nn.Module, x_BTD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The residual stream, and what products read of it."""
+    if isinstance(norm, RmsNorm):
+        return fused.norm(x_BTD, norm.weight, norm.eps, dtype)
+    return x_BTD, norm(x_BTD).to(dtype)
 
 
 class Decoder(nn.Module):
@@ -207,7 +247,6 @@ class Decoder(nn.Module):
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         if attend is None:
             attend = CausalAttend()
-        dtype = self.embed.weight.dtype
         x_BTD = self.embed(tokens_BT).float()
         if self.positions is not None:
             if positions_BT.device.type == "cpu" and int(positions_BT.max()) >= self.config.max_positions:
@@ -216,13 +255,15 @@ class Decoder(nn.Module):
                     "learned; shorten the sequences"
                 )
             x_BTD = x_BTD + self.positions(positions_BT)
-        rotation = None if self.rope is None else self.rope.rotation(positions_BT, self._rotary_dtype())
+        run = self._run(tokens_BT, positions_BT, attend)
         recompute = self.recompute_layers and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
-                x_BTD = checkpoint(layer, x_BTD, rotation, attend, dtype, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, run, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, rotation, attend, dtype)
+                x_BTD = layer(x_BTD, run)
+        if run.fused is not None:
+            return fused_norm(self.final_norm, x_BTD, torch.float32)[1]
         hidden_BTD: Tensor = self.final_norm(x_BTD)
         return hidden_BTD
 
@@ -234,7 +275,20 @@ class Decoder(nn.Module):
         """The output head, VD: the embedding table where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def _rotary_dtype(self) -> torch.dtype:
+    def _run(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Run:
+        """What all layers share. With the fused pieces, rotary positions stay fp32."""
+        dtype = self._product_dtype()
+        pieces = isinstance(attend, CausalAttend) and fused.available(tokens_BT.device, dtype)
+        rotation, angles = None, None
+        if self.rope is not None:
+            rotation = self.rope.rotation(positions_BT, torch.float32 if pieces else dtype)
+            if pieces:
+                shape = (*tokens_BT.shape, self.config.head_dim)
+                cos, sin = (x_BT1K[:, :, 0].expand(shape).reshape(-1, shape[-1]) for x_BT1K in rotation)
+                angles = (cos, sin)
+        return Run(rotation, angles, attend, self.embed.weight.dtype, dtype if pieces else None)
+
+    def _product_dtype(self) -> torch.dtype:
         """The type in which queries and keys leave their projection."""
         device = self.embed.weight.device.type
         if torch.is_autocast_enabled(device):

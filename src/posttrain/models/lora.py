@@ -119,7 +119,7 @@ class LoraLinear(nn.Linear):
             return self._product(x_ND, self._bias())
         if not self.config.dora:
             return self._product(x_ND, self._bias()) + self._learned(x_ND)
-        out = (self._product(x_ND, None) + self._learned(x_ND)) * self._gains().to(x_ND.dtype)
+        out = ((self._product(x_ND, None) + self._learned(x_ND)).float() * self._gains()).to(x_ND.dtype)
         bias = self._bias()
         return out if bias is None else out + bias.to(out.dtype)
 

@@ -26,8 +26,11 @@ def rotate(x_BTHK: Tensor, rotation: Rotation) -> Tensor:
 
     Args:
         x_BTHK: queries and keys, heads side by side.
-        rotation: from `Rope.rotation`, of the same type.
+        rotation: from `Rope.rotation`, of the same type; if of another, in that, and the result is rounded.
     """
+    dtype = x_BTHK.dtype
+    if rotation.cos_BT1K.dtype != dtype:
+        return rotate(x_BTHK.to(rotation.cos_BT1K.dtype), rotation).to(dtype)
     half = x_BTHK.shape[-1] // 2
     return torch.addcmul(x_BTHK * rotation.cos_BT1K, x_BTHK.roll(half, -1), rotation.sin_BT1K)
 
@@ -44,16 +47,33 @@ class Rope:
         sign = torch.ones(config.head_dim, device="cpu")
         sign[: config.head_dim // 2] = -1.0
         self._sign_by_device = {torch.device("cpu"): sign}
+        self._table = (torch.empty(0, config.head_dim, device="cpu"), torch.empty(0, config.head_dim, device="cpu"))
 
     def rotation(self, positions_BT: Tensor, dtype: torch.dtype) -> Rotation:
         """Cosines and sines at some positions, computed in fp32 and given in `dtype`."""
         device = positions_BT.device
+        if device.type == "cpu":
+            cos_PK, sin_PK = self._tables(int(positions_BT.max()) + 1)
+            shape, flat = (*positions_BT.shape, 1, cos_PK.shape[-1]), positions_BT.flatten()
+            cos_BT1K, sin_BT1K = (table.index_select(0, flat).view(shape) for table in (cos_PK, sin_PK))
+            return Rotation(cos_BT1K.to(dtype), sin_BT1K.to(dtype))
         if device not in self._frequencies_by_device:
             self._frequencies_by_device[device] = self._frequencies_by_device[torch.device("cpu")].to(device)
             self._sign_by_device[device] = self._sign_by_device[torch.device("cpu")].to(device)
         angles_BT1K = positions_BT[:, :, None, None] * self._frequencies_by_device[device]
         sin_BT1K = angles_BT1K.sin() * self._sign_by_device[device]
         return Rotation(angles_BT1K.cos().to(dtype), sin_BT1K.to(dtype))
+
+    def _tables(self, num: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines of positions from 0 to at least `num`, fp32, on the CPU; kept and grown."""
+        cos_PK, sin_PK = self._table
+        if len(cos_PK) < num:
+            cpu = torch.device("cpu")
+            positions_P1 = torch.arange(max(64, 1 << (num - 1).bit_length()))[:, None]
+            angles_PK = positions_P1 * self._frequencies_by_device[cpu]
+            cos_PK, sin_PK = angles_PK.cos(), angles_PK.sin() * self._sign_by_device[cpu]
+            self._table = (cos_PK, sin_PK)  # in one assignment: a sampler's thread may ask at the same time
+        return cos_PK, sin_PK
 
 
 def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
