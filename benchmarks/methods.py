@@ -121,10 +121,10 @@ def _interval(found: Mapping[str, Any], sign: bool = False) -> str:
 
 
 def _report_line(report: Mapping[str, Any]) -> str:
-    """The numbers with intervals of a reward model's report."""
+    """The accuracies of a reward model's report."""
     metrics = report.get("metrics", report)
-    named = {name: value for name, value in metrics.items() if isinstance(value, dict) and "low" in value}
-    return "; ".join(f"{name} {_interval(value)}" for name, value in list(named.items())[:2]) or "see the JSON"
+    named = {name: value for name, value in metrics.items() if isinstance(value, dict) and name.startswith("accuracy")}
+    return "; ".join(f"{name} {_interval(value)}" for name, value in named.items()) or "see the JSON"
 
 
 def chosen(only: Sequence[str]) -> list[Entry]:
@@ -195,9 +195,9 @@ def write_results(
     tests = sum("p_value" in row for row in rows)
     note = (
         f"Seed {facts['seed']}, {facts['threads']} threads, load {facts['load'][0]:.1f}, {facts['seconds']:.0f} s in "
-        "all. Intervals are 95 %, Wilson's for accuracies and a paired bootstrap's for differences; p is McNemar's, for "
-        f"one comparison: over the {tests} of this table, Bonferroni asks for p ≤ {0.05 / max(tests, 1):.1g}. KL to the "
-        "start in nats per answer of five tokens. Seconds are of the recipe, its start-up included.\n"
+        "all. Intervals are 95 %, Wilson's for accuracies and a paired bootstrap's for differences; p is McNemar's "
+        f"for one comparison: over the {tests} of this table, Bonferroni asks for p ≤ {0.05 / max(tests, 1):.1g}. KL "
+        "to the start in nats per answer of five tokens. Seconds are of the recipe, its start-up included.\n"
     )
     (out / "methods.md").write_text(f"{table(rows, summary)}\n{note}", encoding="utf-8")
 

@@ -147,7 +147,7 @@ def _preference() -> list[Entry]:
     pairs, labels = "pairs of its own right and wrong answers", "its own answers, labelled"
     return [
         *(Entry(_dpo_name(loss), "preference", "dpo", pairs, _fixed("pairs", loss=loss, **PAIRS)) for loss in METHODS),
-        Entry("dpo, LoRA", "adapter", "dpo", pairs, _fixed("pairs", **PAIRS | {"lora_rank": 8, "lr": 1e-3})),
+        Entry("dpo, LoRA", "adapter", "dpo", pairs, _fixed("pairs", **PAIRS | {"lora_rank": 8, "lr": 3e-4})),
         *(
             Entry(loss, "preference", "kto", labels, _fixed("labels", loss=loss, **PAIRS | {"epochs": 4.0}))
             for loss in ("kto", "bco")
