@@ -61,23 +61,24 @@ def make_inputs(workload: Workload, folder: Path, data: Path | None, seed: int =
         make = _sft if workload.kind == "sft" else _dpo
         return inputs | make(sizes, tokenizer, config, data, seed)
     low, high = sizes["prompt_tokens"]
-    stream = [token for text in texts_of(data) for token in tokenizer.encode(text)]
-    prompts = _cut(stream, prompt_lengths(sizes["prompts"], low, high, seed))
+    lengths = prompt_lengths(sizes["prompts"], low, high, seed)
+    stream = _stream(tokenizer, data, sum(lengths))
+    prompts = _cut(stream, lengths)
     inputs |= {"prompts": prompts, "texts": [tokenizer.decode(prompt) for prompt in prompts]}
     if workload.kind == "first_token":
         return inputs | {"work": len(prompts), "flops": _flops(config, [(len(p), 1) for p in prompts])}
     rows = sizes["prompts"] * sizes.get("siblings", 1)
     new = sizes["new_tokens"]
-    lengths = mixed_lengths(rows, new, seed) if sizes.get("mixed") else [new] * rows
+    written = mixed_lengths(rows, new, seed) if sizes.get("mixed") else [new] * rows
     if workload.kind == "turns":
         count = (sizes["turns"] - 1) * sizes["user_tokens"]
         inputs["user"] = _cut(stream[::-1], [count] * len(prompts))
         return inputs | {"work": rows * new * sizes["turns"], "flops": None}
     siblings = sizes["siblings"]
-    spent = [(len(prompts[row // siblings]), length) for row, length in enumerate(lengths)]
+    spent = [(len(prompts[row // siblings]), length) for row, length in enumerate(written)]
     return inputs | {
-        "lengths": lengths,
-        "work": sum(lengths),
+        "lengths": written,
+        "work": sum(written),
         "flops": _flops(config, spent, siblings) if workload.kind == "sampling" else None,
     }
 
@@ -89,8 +90,7 @@ def _sft(
     longest, wanted = sizes["longest"], sizes["rows"]
     rows: list[dict[str, list[int]]] = []
     if sizes.get("whole"):
-        stream = [token for text in texts_of(data) for token in tokenizer.encode(text)]
-        cut = _cut(stream, [longest] * wanted)
+        cut = _cut(_stream(tokenizer, data, longest * wanted), [longest] * wanted)
         rows = [{"tokens": tokens, "mask": [0] + [1] * (len(tokens) - 1)} for tokens in cut]
     else:
         end = _end(tokenizer)
@@ -144,6 +144,16 @@ def _end(tokenizer: Tokenizer) -> int:
     """The token that ends a sequence."""
     assert tokenizer.eos_id is not None, "shapes.make_folder saw to it"
     return tokenizer.eos_id
+
+
+def _stream(tokenizer: Tokenizer, data: Path | None, wanted: int) -> list[int]:
+    """Tokens of the texts, end to end: so many, or all there are."""
+    stream: list[int] = []
+    for text in texts_of(data):
+        stream += tokenizer.encode(text)
+        if len(stream) >= wanted:
+            break
+    return stream
 
 
 def _cut(stream: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
