@@ -185,6 +185,7 @@ def test_tokens_are_limited_in_all() -> None:
     (group,) = run(engine, limits=EpisodeLimits(max_tokens=60, max_turns=50))
     for trajectory in group.trajectories:
         assert (trajectory.stop_reason, trajectory.metrics["clipped_tokens"]) == (StopReason.LENGTH, 1)
+        assert len(trajectory.tokens) <= 60, "an answer that does not fit is not read"
     assert all(len(request.prompt) + request.sampling.max_tokens <= 60 for request in engine.requests)
 
 
@@ -197,7 +198,7 @@ def test_a_turn_that_is_cut_off_is_not_shown_to_the_environment() -> None:
 
 def test_an_opening_too_long_is_a_failure_with_its_reason() -> None:
     (group,) = run(lambda prompt: "1", limits=EpisodeLimits(max_tokens=10))
-    assert "more than 10" in (group.trajectories[0].error or "")
+    assert "at most 10" in (group.trajectories[0].error or "")
 
 
 def test_late_episodes_fail_and_others_do_not() -> None:

@@ -173,8 +173,9 @@ class Episode:
         self.opening = tuple(await environment.reset(self.task))
         self.tools = tuple(environment.tools) if isinstance(environment, OffersTools) else self.task.tools
         self.messages = list(self.opening)
-        self._read(self.settings.turns.opening(self.opening, self.tools))
-        self._check_room()
+        tokens = self.settings.turns.opening(self.opening, self.tools)
+        self._check_room(len(tokens))
+        self._read(tokens)
 
     async def _play(self, completion: Completion) -> None:
         while True:
@@ -184,8 +185,9 @@ class Episode:
             if len(self.rewards) >= self.settings.limits.max_turns:
                 self.counts["clipped_turns"] = 1.0
                 raise EpisodeOver(StopReason.LENGTH, None)
-            self._read(await self.settings.turns.answer(self.opening, turn, answers, self.tools, ended=ended))
-            self._check_room()
+            tokens = await self.settings.turns.answer(self.opening, turn, answers, self.tools, ended=ended)
+            self._check_room(len(tokens))
+            self._read(tokens)
             request = self.settings.request(self, 1, self.index, len(self.rewards))
             ((completion,),) = await self._sampled(request)
 
@@ -202,13 +204,15 @@ class Episode:
             column.extend([0.0] * len(tokens))
         self.mask.extend([False] * len(tokens))
 
-    def _check_room(self) -> None:
-        if len(self.tokens) >= self.settings.limits.max_tokens:
-            if not self.rewards:
-                limit = self.settings.limits.max_tokens
-                raise EpisodeOver(StopReason.ERROR, f"the opening has {len(self.tokens)} tokens, more than {limit}")
-            self.counts["clipped_tokens"] = 1.0
-            raise EpisodeOver(StopReason.LENGTH, None)
+    def _check_room(self, num_more: int) -> None:
+        """Whether so many tokens can be read, and one be written after them."""
+        limit = self.settings.limits.max_tokens
+        if len(self.tokens) + num_more < limit:
+            return
+        if not self.tokens:
+            raise EpisodeOver(StopReason.ERROR, f"the opening has {num_more} tokens, and an episode at most {limit}")
+        self.counts["clipped_tokens"] = 1.0
+        raise EpisodeOver(StopReason.LENGTH, None)
 
     def _wrote(self, completion: Completion) -> None:
         """Append what the policy wrote, token for token."""
