@@ -174,7 +174,8 @@ class Decoder(nn.Module):
     Attributes:
         recompute_layers: while training, keep only each layer's input and compute the rest again in backward.
         exact_logits: multiply the output head in fp32, on a CPU too, where bf16 products are rounded to bf16 and
-            logprobs with them (by up to 2^-8 of a logit). False is 4-5 × faster for the head alone.
+            logprobs with them (by up to 2^-8 of a logit). False is 4-5 × faster for the head alone. `token_stats` under
+            autocast has fp32 sums of bf16 products on either kind of device, where its C is compiled.
     """
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -1,6 +1,6 @@
 """The room's pieces of C, as Python functions of tensors.
 
-Every function takes contiguous tensors on the CPU and says nothing of gradients; `fused` and `token_stats_tiled` do.
+Every function takes contiguous tensors on the CPU and knows no gradients: `fused` and `token_stats_tiled` do.
 """
 
 from __future__ import annotations
@@ -31,6 +31,13 @@ _SIGNATURES: dict[str, dict[str, tuple[type, ...]]] = {
         "packed_attention": (*(_POINTER,) * 4, *(_LONG,) * 5, *(_POINTER,) * 2, _INT),
         "packed_attention_backward": (*(_POINTER,) * 4, *(_LONG,) * 5, *(_POINTER,) * 4, _INT),
     },
+    "head_tiles": {
+        "head_supported": (_INT,),
+        "head_forward": (*(_POINTER,) * 7, *(_LONG,) * 4, _FLOAT, _INT),
+        "head_backward": (*(_POINTER,) * 8, *(_LONG,) * 5, _FLOAT, _INT),
+        "weight_gradient": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, *(_LONG,) * 3, _INT, _INT),
+        "add_product": (*(_POINTER,) * 3, *(_LONG,) * 3, _INT),
+    },
 }
 PARTS = 64  # of the sums over rows, as in layer_pieces.c
 _WORTH_THREADS = 1 << 14  # numbers below which starting a second thread takes longer than the work
@@ -44,7 +51,8 @@ def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
     found = load_native(Path(__file__).with_name(f"{name}.c"), _MACROS[dtype])
     if found is not None:
         for function, arguments in _SIGNATURES[name].items():
-            getattr(found, function).argtypes = arguments
+            if hasattr(found, function):  # where the processor lacks what it needs, it is not compiled
+                getattr(found, function).argtypes = arguments
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posttrain.core import ModelError
+from posttrain.models import token_stats_tiled
 
 _KEPT = 1 << 23  # up to so many probabilities are kept for backward rather than computed again (32 MiB)
 _CHUNK = 1 << 21  # logits of a chunk by default: 8 MiB on a CPU, near its cache
@@ -67,6 +68,10 @@ def token_stats(
     if not temperature > 0:
         raise ModelError(f"temperature must be above 0 to give logprobs, not {temperature}")
     weight_VD = model.head_weight()
+    if chunk is None and token_stats_tiled.fits(hidden_ND, weight_VD, _product_dtype(weight_VD), model.exact_logits):
+        with torch.autocast("cpu", enabled=False):
+            stats = token_stats_tiled.tiled_stats(hidden_ND, weight_VD, targets_N, temperature, entropy)
+        return TokenStats(stats[0], stats[1] if entropy else None)
     plan = _Plan(
         temperature=temperature,
         chunk=chunk or _default_chunk(hidden_ND, weight_VD),
