@@ -13,7 +13,7 @@ from torch import Tensor
 
 from posttrain import models
 from posttrain.core import ModelError
-from posttrain.models import CausalAttend, Decoder, fused, packed_positions, token_stats
+from posttrain.models import CausalAttend, Decoder, fused, packed_positions, products, token_stats
 from posttrain.models.norm import RmsNorm
 from posttrain.models.rope import Rope, rotate
 
@@ -299,3 +299,27 @@ def configure_rope() -> Callable[[int], Rope]:
         return Rope(models.DecoderConfig(**shape, head_dim=width, max_positions=2048))
 
     return make
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 3, 5), (64, 1, 1), (130, 37, 21)])
+def test_fp32_products_and_their_gradients(rows: int, inputs: int, outputs: int, bias: bool) -> None:
+    torch.manual_seed(rows)
+    module = torch.nn.Linear(inputs, outputs, bias=bias)
+    x = torch.randn(2, rows, inputs, requires_grad=True)
+    pull = torch.randn(2, rows, outputs)
+    out = products.linear(module, x)
+    assert torch.allclose(out, module(x), atol=1e-5)
+    learning = [x, *module.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad(out, learning, pull), torch.autograd.grad(module(x), learning, pull), strict=True
+    ):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    assert torch.allclose(products.times_transposed(x[0], module.weight), x[0] @ module.weight.T, atol=1e-5)
+
+
+def test_a_linear_layer_with_hooks_is_called() -> None:
+    module, seen = torch.nn.Linear(4, 4), []
+    module.register_forward_hook(lambda *given: seen.append(1))
+    products.linear(module, torch.randn(100, 4))
+    assert seen == [1]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from posttrain.core import ModelError, derive_seed
-from posttrain.models import fused
+from posttrain.models import fused, products
 from posttrain.models.attend import Attend, CausalAttend, packed_positions
 from posttrain.models.config import DecoderConfig
 from posttrain.models.norm import LayerNorm, RmsNorm
@@ -51,6 +51,11 @@ class Run(NamedTuple):
     dtype: torch.dtype  # of the weights
     fused: torch.dtype | None  # of the products, where the fused pieces do what stands between them
 
+    def linear(self, module: nn.Module, x_BTD: Tensor) -> Tensor:
+        """A projection of the layer: with the fused pieces, fp32 products too are by the faster kernel."""
+        out_BTF: Tensor = products.linear(module, x_BTD) if self.fused is not None else module(x_BTD)
+        return out_BTF
+
 
 class Attention(nn.Module):
     """Self-attention. The rows of `qkv` are the query heads, then the key heads, then the value heads."""
@@ -72,11 +77,13 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, run: Run) -> Tensor:
         """What the heads read from the tokens they see, BTD."""
         H, J = self.num_heads, self.num_kv_heads
-        heads_BTAK = self.qkv(x_BTD).view(*x_BTD.shape[:2], H + 2 * J, self.head_dim)  # A = H + 2J: all heads
+        heads_BTAK = run.linear(self.qkv, x_BTD).view(
+            *x_BTD.shape[:2], H + 2 * J, self.head_dim
+        )  # A = H + 2J: all heads
         if run.fused is not None:
             out_BTHK = self._attend_fused(heads_BTAK, run)
             if out_BTHK is not None:
-                return self.out(out_BTHK.flatten(-2))  # type: ignore[no-any-return]
+                return run.linear(self.out, out_BTHK.flatten(-2))
         qk_BTAK = heads_BTAK[:, :, : H + J]
         if self.qk_norm != "none":
             qk_BTAK = self._normalise(qk_BTAK)
@@ -121,7 +128,7 @@ class Mlp(nn.Module):
 
     def forward(self, x_BTD: Tensor, run: Run) -> Tensor:
         """BTD."""
-        inner = self.up(x_BTD)
+        inner = run.linear(self.up, x_BTD)
         if self.fusable and run.fused is not None:
             inner = fused.silu_gate(inner)
         elif self.gated:
@@ -129,8 +136,7 @@ class Mlp(nn.Module):
             inner = self.activation(gate) * values
         else:
             inner = self.activation(inner)
-        out_BTD: Tensor = self.down(inner)
-        return out_BTD
+        return run.linear(self.down, inner)
 
 
 class Block(nn.Module):

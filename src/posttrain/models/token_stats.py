@@ -14,9 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from posttrain.core import ModelError
 from posttrain.models import token_stats_tiled
+from posttrain.models.products import times_transposed
 
 _KEPT = 1 << 23  # up to so many probabilities are kept for backward rather than computed again (32 MiB)
 _CHUNK = 1 << 21  # logits of a chunk by default: 8 MiB on a CPU, near its cache
+_CHUNK_WIDE = 1 << 24  # of a chunk under a large vocabulary: 64 MiB
 _CHUNK_CUDA = 1 << 27  # 512 MiB
 _HAS_OUT_DTYPE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
@@ -118,8 +120,11 @@ def _product(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, exact: bo
 
 
 def _default_chunk(hidden_ND: Tensor, weight_VD: Tensor) -> int:
-    budget = _CHUNK_CUDA if hidden_ND.is_cuda else _CHUNK
-    return max(64, budget // weight_VD.shape[0])
+    vocab_size = weight_VD.shape[0]
+    if hidden_ND.is_cuda:
+        return max(64, _CHUNK_CUDA // vocab_size)
+    # every chunk adds to the whole head's gradient: few tokens a chunk make that dearer than the products
+    return max(64, _CHUNK // vocab_size, min(256, _CHUNK_WIDE // vocab_size))
 
 
 class _CudaProject(torch.autograd.Function):
@@ -153,7 +158,10 @@ class _Plan(NamedTuple):
 
 
 def _log_softmax(hidden_ND: Tensor, weight_VD: Tensor, plan: _Plan) -> Tensor:
-    scores_NV = _product(hidden_ND, weight_VD, plan.product_dtype, plan.exact)
+    if hidden_ND.device.type == "cpu" and (plan.exact or plan.product_dtype == torch.float32):
+        scores_NV = times_transposed(hidden_ND.float(), weight_VD.float())
+    else:
+        scores_NV = _product(hidden_ND, weight_VD, plan.product_dtype, plan.exact)
     if plan.temperature != 1.0:
         scores_NV.div_(plan.temperature)
     return torch.log_softmax(scores_NV, -1)
@@ -213,9 +221,9 @@ class _TokenStats(torch.autograd.Function):
                 grad_NV.scatter_add_(1, targets_N[part, None], grad_logprobs_N[part, None])
                 grad = grad_NV.div_(plan.temperature).to(dtype)
                 if grad_hidden_ND is not None:
-                    grad_hidden_ND[part] = grad @ weight
+                    grad_hidden_ND[part] = times_transposed(grad, weight.T)
                 if grad_weight_VD is not None:
-                    grad_weight_VD += grad.T @ hidden_ND[part].to(dtype)
+                    grad_weight_VD += times_transposed(grad.T, hidden_ND[part].to(dtype).T)
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_ND, grad_weight_VD, None, None

@@ -8,7 +8,6 @@ Shapes: N tokens, D width, V vocabulary, W entries of a block.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,6 @@ _HEAD = "head_tiles"
 _BLOCK = 2048  # W
 
 
-@functools.cache
 def supported() -> bool:
     """Whether this processor has the instructions, and the C is compiled."""
     return library(_HEAD, torch.bfloat16) is not None and bool(call(_HEAD, torch.bfloat16, "head_supported", work=0))
