@@ -105,10 +105,12 @@ def killed(recipe: str, folder: Path, whole_s: float, rng: random.Random) -> tup
             if run is not None:
                 break
             # It ended before the kill came: the run that was timed had a busier machine.
-            known, whole_s = runs_of(recipe, folder), whole_s / 2
+            known, whole_s = runs_of(recipe, folder), whole_s * 0.7
             continue
         run = run or next(iter(runs_of(recipe, folder) - known), None)
-        if run is not None:
+        if run is None:
+            whole_s *= 1.2  # it came before the run had a folder
+        else:
             assert RunFolder.open(run, read_only=True).state.status == "interrupted"
             metrics = run / "metrics.jsonl"
             done = read_metrics(metrics) if metrics.exists() else []
