@@ -294,3 +294,18 @@ def test_the_example_learns_to_look(tmp_path: Path) -> None:
     found = module.tool_agent(runs=tmp_path, grpo_steps=25, held_out=100)
     assert found["before"] < 0.6
     assert found["after_low"] > found["before"], "the interval after it lies above the share before it"
+
+
+@pytest.mark.slow
+def test_the_sql_agent_fits_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of a few steps on the real databases: SFT, both kinds of RL, every measurement."""
+    source = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "text_to_sql" / "defog"
+    if not source.exists():
+        pytest.skip(f"no databases at {source}")
+    monkeypatch.syspath_prepend(str(EXAMPLES / "sql_agent"))
+    module = importlib.import_module("sql_agent")
+    found = module.sql_agent(data=source, small=True, runs=tmp_path)
+    assert {"before", "before_single", "after", "after_single", "people", "after_low"} <= set(found)
+    assert all(0.0 <= value <= 1.0 for value in found.values())
+    (log,) = tmp_path.glob("*/events.log")
+    assert "271 by people" in log.read_text(encoding="utf-8")

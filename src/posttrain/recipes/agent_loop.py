@@ -8,6 +8,7 @@ is in its newest checkpoint; where environments are deterministic, it goes on to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -123,8 +124,21 @@ async def agent_loop(
     *,
     held_out: Sequence[Task] = (),
     title: str = "agent",
+    max_sampled: float = math.inf,
 ) -> dict[str, float]:
     """Run the loop from the run's newest checkpoint to its last step; the policy is tuned in place.
+
+    Args:
+        bench: the run.
+        policy: what is tuned.
+        tasks: to draw from.
+        factory: makes the environment of one episode.
+        grader: says how good an episode is; `EpisodeReward` repeats the environment's word.
+        config: settings of the loop; its `max_tokens` are those of a whole episode.
+        agent: settings of the episodes.
+        held_out: played greedily every `config.evaluate_every` steps.
+        title: of the progress bar.
+        max_sampled: the step in which the policy has written so many tokens is the last one.
 
     Returns:
         The last step's metrics, and `num_tokens`: tokens sampled in all.
@@ -137,6 +151,8 @@ async def agent_loop(
     stage = stage_of(policy, factory, grader, config, agent)
     with stage.engine, bench.progress(title, config.steps, start=learner.step) as progress:
         for step in range(learner.step, config.steps):
+            if learner.num_sampled >= max_sampled:
+                break
             stage.engine.update_weights(policy.model, version=step)
             filled = await play_step(stage, source, config)
             metrics = learn(learner, filled.kept or filled.dropped, agent)
@@ -152,7 +168,7 @@ async def agent_loop(
                 metrics |= await evaluate_episodes(stage, held_out)
             log(bench, metrics, filled.sampled, done)
             progress.advance(shown(metrics))
-            if done % config.checkpoint_every == 0 or done == config.steps:
+            if done % config.checkpoint_every == 0 or done == config.steps or learner.num_sampled >= max_sampled:
                 learner.save(bench.run.checkpoints, source, ledger)
     return {**metrics, "num_tokens": learner.num_sampled}
 
