@@ -163,7 +163,10 @@ def workers(
             ready = {}
             for side, python in pythons.items():
                 script = HERE / "versus" / f"{side}.py"
-                sides[side] = Worker(python, script, threads=args.threads, log=args.log, search=not args.no_search)
+                search = not args.no_search
+                sides[side] = Worker(
+                    python, script, threads=args.threads, log=args.log, search=search, clock=args.clock
+                )
                 command = {"do": "prepare", "workload": workload, "inputs": file.name}
                 ready[side] = sides[side].ask(command, timeout_s=PREPARE_S)
             yield sides, ready
@@ -253,6 +256,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side's products")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one precision on both sides")
     parser.add_argument("--no-search", action="store_true", help="the peers take their first setting")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="of the search: cpu on a machine that others use too"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers-python", type=Path, help="an interpreter that has the peers; none is installed")
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of real rows")

@@ -89,7 +89,9 @@ def peak_rss() -> int:
 class Worker:
     """One side's process."""
 
-    def __init__(self, python: Path, script: Path, *, threads: int, log: Path, search: bool = True) -> None:
+    def __init__(
+        self, python: Path, script: Path, *, threads: int, log: Path, search: bool = True, clock: str = "wall"
+    ) -> None:
         """Start it.
 
         Args:
@@ -98,6 +100,7 @@ class Worker:
             threads: for matrix products.
             log: what it prints.
             search: whether the side may try several settings; otherwise it takes its first.
+            clock: by which the search judges: "wall", or "cpu" on a machine that others use too.
         """
         environment = {
             **os.environ,
@@ -107,6 +110,7 @@ class Worker:
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "VERSUS_SEARCH": "1" if search else "0",
+            "VERSUS_CLOCK": clock,
         }
         self.name = script.stem
         self._log = log.open("a", encoding="utf-8")

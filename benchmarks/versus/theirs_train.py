@@ -26,9 +26,9 @@ Make = Callable[[], tuple[Any, float]]  # a trainer, and how much one run of it 
 
 
 class Stepped(transformers.TrainerCallback):
-    """Lets a trainer that runs in another thread take `steps` optimiser steps at a time.
+    """Lets a trainer that runs in another thread take `steps` optimiser steps at a time, and sleep in between.
 
-    A run is timed from the beginning of its first step to the end of its last.
+    A run is timed from being asked to the end of its last step; its batches are fetched within.
     """
 
     def __init__(self, steps: int) -> None:
@@ -39,18 +39,22 @@ class Stepped(transformers.TrainerCallback):
         self.seconds = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        """Wait to be asked, at the first step of a run."""
-        if state.global_step % self._steps == 0:
-            self._go.acquire()
-            control.should_training_stop = self._stop
-            self._started_s = time.perf_counter()
+        """Wait to be asked, before the very first step."""
+        if state.global_step == 0:
+            self._wait(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-        """Report, at the last step of a run."""
+        """At the last step of a run: report, and wait to be asked again."""
         if state.global_step % self._steps == 0:
             self.seconds = time.perf_counter() - self._started_s
             self._done.release()
-            control.should_training_stop = self._stop
+            self._wait(control)
+
+    def _wait(self, control: Any) -> None:
+        if not self._stop:
+            self._go.acquire()
+        control.should_training_stop = self._stop
+        self._started_s = time.perf_counter()
 
     def run(self) -> float:
         """One run; its seconds."""
@@ -63,7 +67,7 @@ class Stepped(transformers.TrainerCallback):
         self._done.release()
 
     def stop(self) -> None:
-        """Let the trainer end after one more step."""
+        """Let the trainer end."""
         self._stop = True
         self._go.release()
 

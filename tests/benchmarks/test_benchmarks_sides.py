@@ -38,17 +38,16 @@ def test_ours_does_the_work(name: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixed-3m", "turns-25m", "grpo-mixed-3m", "sft-3m", "dpo-3m"])
-def test_theirs_does_the_same_work(name: str, folder: Path, tmp_path: Path) -> None:
+def test_theirs_does_the_same_work(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    workload = WORKLOADS[name]
-    inputs = make_inputs(workload, folder, None)
-    file = tmp_path / "inputs.json"
-    file.write_text(json.dumps(inputs))
-    script = Path(ours.__file__).with_name("theirs.py")
-    worker = Worker(Path(sys.executable), script, threads=1, log=tmp_path / "log", search=False)
-    worker.ask({"do": "prepare", "workload": workload.to_dict(), "inputs": str(file)}, timeout_s=300)
-    assert worker.ask({"do": "run"}, timeout_s=120)["work"] == inputs["work"]
+    script, log = Path(ours.__file__).with_name("theirs.py"), tmp_path / "log"
+    worker = Worker(Path(sys.executable), script, threads=1, log=log, search=False)
+    for name in ("mixed-3m", "turns-25m", "grpo-mixed-3m", "sft-3m", "dpo-3m"):
+        inputs = make_inputs(WORKLOADS[name], folder, None)
+        file = tmp_path / "inputs.json"
+        file.write_text(json.dumps(inputs))
+        worker.ask({"do": "prepare", "workload": WORKLOADS[name].to_dict(), "inputs": str(file)}, timeout_s=300)
+        assert worker.ask({"do": "run"}, timeout_s=120)["work"] == inputs["work"], name
     worker.close()
 
 
