@@ -252,6 +252,7 @@ class Rounds:
             model=str(self.base),
             data=every.path,
             lr=self.settings["rm_lr"],
+            epochs=self.settings["rm_epochs"],
             batch_size=self.settings["rm_batch"],
             held_out=len(every.rows) // 10,
         )

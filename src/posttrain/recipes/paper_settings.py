@@ -21,6 +21,7 @@ _TULU3_8B: dict[str, Any] = {
     "dpo_batch": 128,
     "pair_length": 2048,
     "rm_lr": 3e-6,
+    "rm_epochs": 1.0,
     "rm_batch": 256,
     "reward": 10.0,  # of a right answer; one that does not end costs as much
     "max_tokens": 2048,
@@ -42,10 +43,10 @@ TULU3: dict[str, dict[str, Any]] = {
     | {"sft_lr": (2e-6,), "dpo_lr": (2e-7,), "ppo_lr": (1e-7,), "ppo_beta": 0.07, "ppo_prompts": 640}
     | {"ppo_steps": 625, "ppo_warmup": 0.1},  # 400,000 answers
     "tiny": _TULU3_8B
-    | {"sft_lr": (5e-4,), "sft_batch": 32, "dpo_lr": (1e-4,), "dpo_batch": 32, "rm_lr": 3e-4, "rm_batch": 32}
+    | {"sft_lr": (5e-4,), "sft_batch": 32, "dpo_lr": (1e-4,), "dpo_batch": 32, "rm_lr": 1e-3, "rm_batch": 32}
     | {"ppo_lr": (1e-4,), "ppo_prompts": 128, "ppo_steps": 30}
     | {"grpo_lr": (3e-4,), "grpo_prompts": 24, "grpo_group": 8, "grpo_minibatches": 1, "grpo_steps": 40}
-    | {"max_tokens": 96},
+    | {"rm_epochs": 3.0, "max_tokens": 96},
 }
 
 # Llama 3, arXiv 2407.21783, sections 4.1 and 4.2.
@@ -59,7 +60,8 @@ _LLAMA3: dict[str, Any] = {
     "sft_epochs": 2.0,  # ours, and all below: not published
     "sft_batch": 128,
     "dpo_batch": 128,
-    "rm_lr": 3e-6,  # Tülu 3's
+    "rm_lr": 3e-6,  # Tülu 3's, as is the one epoch
+    "rm_epochs": 1.0,
     "rm_batch": 64,
     "averaged": 2,
     "max_length": 4096,
@@ -68,8 +70,8 @@ _LLAMA3: dict[str, Any] = {
 LLAMA3: dict[str, dict[str, Any]] = {
     "published": _LLAMA3,
     "tiny": _LLAMA3
-    | {"rounds": 2, "sft_lr": 5e-4, "dpo_lr": 1e-4, "sft_batch": 32, "dpo_batch": 32, "rm_lr": 3e-4, "rm_batch": 32}
-    | {"max_tokens": 96},
+    | {"rounds": 2, "sft_lr": 5e-4, "dpo_lr": 1e-4, "sft_batch": 32, "dpo_batch": 32, "rm_lr": 1e-3, "rm_batch": 32}
+    | {"rm_epochs": 3.0, "max_tokens": 96},
 }
 
 # DeepSeek-R1, arXiv 2501.12948, and Nature 645 (2025), 633-638, Methods, "Training details of DeepSeek-R1-Zero".

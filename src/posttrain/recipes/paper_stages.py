@@ -121,7 +121,11 @@ def reinforced(
             asyncio.run(ppo_loop(stage, policy, critic, tasks, grader, config, held_out=dev))
         else:
             asyncio.run(grpo_loop(stage, policy, tasks, grader, config, held_out=dev))
-        keep_tuned(stage, {"model": str(start), "name": f"{bench.run.id}/{name}"}, policy, data)
+        made = f"{bench.run.id}/{name}"
+        keep_tuned(stage, {"model": str(start), "name": made}, policy, data)
+        if value is not None:  # the policy learned from its judgement
+            path, judge = stage.run.path / "model", model_id(bench, value)
+            stage.registry.add_artifact(path, kind="model", name=made, parents=[judge], storage="reference")
 
     options = {**config.to_dict(), "start": start.parent.name, "data": data, "grader": grader.name}
     return done_stage(bench, name, options, work) / "model"

@@ -228,6 +228,7 @@ class Stages:
                 model=str(tuned.folder),
                 data=pairs.path,
                 lr=own["rm_lr"],
+                epochs=own["rm_epochs"],
                 batch_size=own["rm_batch"],
                 max_length=own["pair_length"],
                 held_out=len(pairs.rows) // 10,
