@@ -144,7 +144,9 @@ class CausalAttend:
 
 def packed_positions(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Positions of a packed row, 1 × sum(lengths): 0, 1, 2 … begins anew with every sequence."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    starts = fused.starts_of(lengths)
+    within_N = torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(starts.diff())
+    return within_N[None].to(device)
 
 
 def causal_attention(q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, window: int | None) -> Tensor:
