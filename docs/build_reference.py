@@ -43,6 +43,7 @@ def build(folder: Path = OUT) -> list[Path]:
     written = []
     for name, text in pages.items():
         path = folder / f"{name}.md"
+        text = re.sub(r" at 0x[0-9a-f]+", "", text)  # of functions in constants: another one on every run
         path.write_text(text.strip() + "\n", encoding="utf-8")
         written.append(path)
     return written
