@@ -67,7 +67,7 @@ def question(
     }
     name = f"{column.database}/{column.table}/{value}/{want or '*'}"
     return Task(
-        id=name, prompt=f"{column.database}: {asked} with {value}?", facts=facts, cluster=f"{column.table}/{value}"
+        id=name, prompt=f"{column.database}: {asked} with '{value}'?", facts=facts, cluster=f"{column.table}/{value}"
     )
 
 

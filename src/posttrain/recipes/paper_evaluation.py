@@ -24,6 +24,7 @@ from posttrain.recipes.paper_stages import model_id
 from posttrain.recipes.policy import load_policy
 from posttrain.recipes.workbench import Workbench
 from posttrain.registry.durable import write_atomic
+from posttrain.render import Renderer, Tokenizer
 
 
 class Measured(NamedTuple):
@@ -66,7 +67,9 @@ class Evaluation:
 
     def dev_suite(self, folder: Path) -> Suite | None:
         """The dev split, for loops that measure a model as they go; None where there is no dev split."""
-        return self.suite("dev", load_policy(str(folder)).renderer.stop_tokens) if "dev" in self.splits else None
+        if "dev" not in self.splits:
+            return None
+        return self.suite("dev", Renderer(Tokenizer.from_folder(folder)).stop_tokens)
 
     def report(self, measured: Measured, split: str) -> EvalReport:
         """A model's report on a split: the one in the registry, or a new one, which is kept there."""
