@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: quickstart test check fast-test format lint types contracts bench methods docs lock clean
+.PHONY: quickstart test check fast-test format lint types contracts bench bench-quick methods docs lock clean
 
 # The stamp is newer than what it was installed from, or pip runs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -44,6 +44,10 @@ fast-test: $(VENV)/.installed-dev
 # Ours against transformers and TRL, which get an environment of their own. About an hour; BENCH='--only sampling' takes a part.
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+# Counts operators, bytes and calls instead of timing; compares with benchmarks/baseline.json. Under a minute.
+bench-quick: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/quick.py $(BENCH)
 
 # Every method from one start on one small world; a quarter of an hour.
 methods: $(VENV)/.installed-dev
