@@ -25,6 +25,7 @@ from posttrain.models.lora import LoraConfig, adapters_off
 from posttrain.models.merging import Merge, merge_tensors
 from posttrain.models.merging_folders import merge_folders
 from posttrain.models.native import load_native
+from posttrain.models.products import quickest_dtype
 from posttrain.models.quantised import quantise
 from posttrain.models.token_divergence import TokenDivergence, chosen_logprobs, token_divergence
 from posttrain.models.token_stats import TokenStats, token_stats
@@ -63,6 +64,7 @@ __all__ = [
     "num_parameters",
     "packed_positions",
     "quantise",
+    "quickest_dtype",
     "resolve",
     "save",
     "save_adapters",

@@ -9,13 +9,25 @@ Shapes: N rows (any leading shape), D inputs, F outputs.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _FEWEST_ROWS = 64  # below it, calling costs more than is won
+_BF16_PRODUCTS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # as torch.cpu.get_capabilities() names them
+
+
+def quickest_dtype(device: str = "cpu") -> Literal["float32", "bfloat16"]:
+    """The type of matrix products to train and sample in on a device, where a recipe leaves the choice to it.
+
+    bf16, except on a processor without instructions for it: there it is emulated, more slowly than fp32 is computed.
+    """
+    if torch.device(device).type != "cpu":
+        return "bfloat16"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if any(found.get(name) for name in _BF16_PRODUCTS) else "float32"
 
 
 @functools.cache

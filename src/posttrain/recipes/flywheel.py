@@ -21,6 +21,7 @@ from posttrain.core import Task, UsageError, assistant, recipe
 from posttrain.data import CompletionRow
 from posttrain.evaluate import Stage, run_suite
 from posttrain.feedback import FeedbackStore, export
+from posttrain.models import quickest_dtype
 from posttrain.recipes.grpo import Grpo, grpo_loop
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.pretrain import documents, new_policy
@@ -143,7 +144,7 @@ async def base_stage(
             total_steps=steps,
             weight_decay=0.01,
             betas=(0.9, 0.95),
-            dtype="bfloat16",
+            dtype=quickest_dtype(),
         )
         config = Supervised(train=train, batch_size=64, steps=steps, evaluate_every=max(1, steps // 10), seed=seed)
         summary = supervised_loop(stage, policy.model, kept, apart, config, title="base")
@@ -169,7 +170,9 @@ async def sft_stage(
     with open_stage(bench, name, {"seed": seed, "lr": lr, "epochs": epochs, "data": dataset}) as stage:
         examples = completion_examples(stage, policy.renderer, pairs, policy.model.config.max_positions)
         steps = steps_of(len(examples), 16, epochs)
-        train = TrainConfig(lr=lr, schedule="cosine", warmup=10, total_steps=steps, betas=(0.9, 0.95), dtype="bfloat16")
+        train = TrainConfig(
+            lr=lr, schedule="cosine", warmup=10, total_steps=steps, betas=(0.9, 0.95), dtype=quickest_dtype()
+        )
         config = Supervised(train=train, batch_size=16, steps=steps, seed=seed)
         summary = supervised_loop(stage, policy.model, examples, [], config, title=name)
         policy = replace(policy, path=stage.run.path / "model")
@@ -198,7 +201,8 @@ async def grpo_stage(
         evaluate_every=30,
         checkpoint_every=50,
         micro_tokens=4096,
-        sampler_dtype="bfloat16",
+        dtype=quickest_dtype(),
+        sampler_dtype=quickest_dtype(),
         seed=seed,
     )
     with open_stage(bench, "grpo", {"seed": seed, "steps": steps, "data": dataset}) as stage:
