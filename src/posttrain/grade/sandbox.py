@@ -31,7 +31,7 @@ class SandboxLimits(Record, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     cpu_s: int = 5  # seconds of processor time
     wall_s: float = 15.0  # seconds by the clock; more, so that a busy machine does not change a verdict
-    memory_bytes: int = 1_000_000_000  # address space of each process
+    memory_bytes: int = 1_000_000_000  # address space of each process; with `spawn` also what all hold together
     disk_bytes: int = 64_000_000  # of /tmp, the only place that can be written; it lies in memory
     file_bytes: int = 32_000_000  # of any one file
     open_files: int = 128
@@ -182,6 +182,11 @@ class Sandbox:
         results = [*found, *[missing] * (len(tests) - len(found))]
         return JudgedTests(results=tuple(results), timed_out=late, seconds=time.monotonic() - started_s)
 
+    @property
+    def maker_pid(self) -> int | None:
+        """Process id of what makes sandboxes; None before the first run."""
+        return self._maker.pid
+
     def close(self) -> None:
         """End the process that makes sandboxes; the next run starts it again."""
         self._maker.close()
@@ -222,6 +227,7 @@ class Sandbox:
             "disk_bytes": limits.disk_bytes,
             "wall_s": limits.wall_s + 70.0,  # this process keeps the time; that one is there if this one dies
             "spawn": limits.spawn,
+            "memory_bytes": limits.memory_bytes,
             "limits": {
                 "RLIMIT_AS": limits.memory_bytes,
                 "RLIMIT_CPU": limits.cpu_s,

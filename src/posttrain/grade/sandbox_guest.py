@@ -5,6 +5,7 @@ Imports the standard library only; see `sandbox_worker`.
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import fcntl
 import importlib
@@ -48,7 +49,9 @@ def run(role: str, descriptors: list[int]) -> NoReturn:
     if role == "command":
         os.execvpe(payload["argv"][0], payload["argv"], _ENVIRONMENT)
     if role == "program":
-        _end(_run_program(payload["program"]))
+        status = _run_program(payload["program"])
+        _run_down()
+        _end(status)
     halves = sys.modules["sandbox_judge"]  # put there by the worker, which has loaded it from beside this file
     if role == "candidate":
         _end(halves.Candidate(descriptors[1]).serve(payload["program"]))
@@ -91,3 +94,13 @@ def _run_program(program: str) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _run_down() -> None:
+    """What the interpreter does at its end: wait for threads, then call what was registered with `atexit`."""
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        atexit._run_exitfuncs()
+    except BaseException:  # noqa: BLE001  the program's last words may raise anything; its status stands
+        return

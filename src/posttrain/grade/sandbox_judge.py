@@ -206,6 +206,10 @@ class CandidateError(Exception):
     """The code under test raised something that is no built-in exception."""
 
 
+# A failed test is the judge's to say; and one that ends an iteration would end a test's `all(map(…))` before its time.
+_NEVER_RAISED = (AssertionError, StopIteration, StopAsyncIteration)
+
+
 class Remote:
     """An object that lives with the candidate. It is equal to itself only, whatever its class says."""
 
@@ -295,7 +299,7 @@ class Judge:
         answer = self._channel.receive()
         if answer[0] == "x":
             kind = getattr(builtins, str(answer[1]), None)
-            if isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError:
+            if isinstance(kind, type) and issubclass(kind, Exception) and kind not in _NEVER_RAISED:
                 raise kind(str(answer[2]))
             raise CandidateError(f"{answer[1]}: {answer[2]}")
         for value, now in zip(given, answer[2], strict=False):

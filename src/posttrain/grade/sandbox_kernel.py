@@ -58,6 +58,8 @@ def enter_namespaces(layers: set[str]) -> None:
     for layer in _NEW:
         if layer in layers:
             call(layer, "unshare", _NEW[layer])
+    if "ipc" in layers:
+        call("ipc", "sethostname", b"sandbox", 7)  # the new one begins with the host's name
 
 
 def map_users(pid: int, *, as_root: bool) -> None:
@@ -148,6 +150,28 @@ def die_with_parent() -> None:
     """Be killed when the process that made this one ends; and let nobody look into this one."""
     call("pid", "prctl", _PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
     call("pid", "prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def resident_bytes(pid: int, shared_bytes: int) -> int:
+    """Memory that a process and all below it hold, each without what it shares with its maker. Called from outside.
+
+    Raises:
+        LayerError: this kernel does not say which processes are whose children.
+    """
+    total, waiting = 0, [pid]
+    while waiting:
+        folder = Path("/proc") / str(waiting.pop())
+        try:
+            pages = int((folder / "statm").read_text().split()[1])
+            total += max(0, pages * resource.getpagesize() - shared_bytes)
+            for thread in (folder / "task").iterdir():
+                waiting += map(int, (thread / "children").read_text().split())
+        except (ProcessLookupError, IndexError):
+            continue  # it ended meanwhile
+        except FileNotFoundError as error:  # the same, unless the kernel has no such file
+            if not Path("/proc/thread-self/children").exists():
+                raise LayerError("limits", "the kernel has no /proc/<pid>/task/<tid>/children") from error
+    return total
 
 
 def set_limits(limits: dict[str, int]) -> None:

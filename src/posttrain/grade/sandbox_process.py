@@ -33,6 +33,11 @@ class Maker:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process, where there is one."""
+        return None if self._process is None else self._process.pid
+
     def begin(self, job: bytes, payload: bytes, out: int, err: int, others: list[int]) -> Job:
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         memory = os.memfd_create("payload")

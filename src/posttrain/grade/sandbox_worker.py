@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 _MAX_DESCRIPTORS = 8
+_LOOK_S = 0.05  # between looks at what several processes hold together
 _WARM = "bisect collections copy datetime decimal fractions functools hashlib heapq itertools math operator random re"
 
 
@@ -87,9 +88,7 @@ def _outer(job: dict[str, Any], descriptors: list[int]) -> NoReturn:
             if "user" in job["layers"]:
                 kernel.map_users(entrant, as_root=as_root)
             os.write(to_entrant, b"x")
-            deadline_s = time.monotonic() + job["wall_s"]
-            # The entrant holds the other end of `from_entrant`; it and the caller's going away both wake this process.
-            select.select([from_entrant, control], [], [], max(0.0, deadline_s - time.monotonic()))
+            _watch(job, entrant, from_entrant, control)
     except kernel.LayerError as error:
         _report(control, {"layer": error.args[0], "reason": error.args[1]})
     for kill in (os.kill, os.killpg):
@@ -97,6 +96,22 @@ def _outer(job: dict[str, Any], descriptors: list[int]) -> NoReturn:
             kill(entrant, signal.SIGKILL)  # init dies with it, and all inside with init
     os.waitpid(entrant, 0)
     os._exit(0)
+
+
+def _watch(job: dict[str, Any], entrant: int, from_entrant: int, control: int) -> None:
+    """Wait until the entrant ends, the caller goes, the time is over, or its processes hold too much memory together.
+
+    The entrant holds the other end of `from_entrant`; it and the caller's going away both wake this process.
+    """
+    deadline_s = time.monotonic() + job["wall_s"]
+    together = job["spawn"] and "limits" in job["layers"]
+    shared_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    while (remaining_s := deadline_s - time.monotonic()) > 0:
+        if select.select([from_entrant, control], [], [], min(remaining_s, _LOOK_S if together else remaining_s))[0]:
+            return
+        if together and (held := kernel.resident_bytes(entrant, shared_bytes)) > job["memory_bytes"]:
+            _report(control, {"exit": -int(signal.SIGKILL), "cpu_s": 0.0, "memory_bytes": held})
+            return
 
 
 def _enter(job: dict[str, Any], descriptors: list[int], as_root: bool, to_outer: int, from_outer: int) -> NoReturn:
