@@ -24,6 +24,7 @@ EXTRAS = {
     "hub": ("huggingface_hub",),
     "instructions": ("langdetect",),
     "math": ("math_verify",),
+    "postgres": ("psycopg",),
     "schema": ("jsonschema",),
     "serve": ("httpx", "starlette", "uvicorn"),
 }

@@ -40,6 +40,8 @@ from posttrain.grade.overlap import Graded, grade_while
 from posttrain.grade.pairwise import PairVerdict, PairwiseJudge
 from posttrain.grade.panel import Panel
 from posttrain.grade.people import HumanGrade, HumanGrades, People
+from posttrain.grade.postgres import PostgresDatabase
+from posttrain.grade.postgres_copies import postgres_copies
 from posttrain.grade.proof import ProofReport, ProvenCase, all_graders, prove
 from posttrain.grade.rag import RagJudge
 from posttrain.grade.repetition import Repetition, longest_loop, repeated_ngrams
@@ -52,6 +54,7 @@ from posttrain.grade.sandbox import JudgedTests, Sandbox, SandboxLimits, Sandbox
 from posttrain.grade.sandbox_process import SandboxUnavailable
 from posttrain.grade.sql_compare import results_match, rows_match
 from posttrain.grade.sql_copies import mutated_copies
+from posttrain.grade.sql_database import SqlDatabase, SqliteDatabase, schema_text
 from posttrain.grade.sql_gold import alternatives
 from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
@@ -97,6 +100,7 @@ __all__ = [
     "PairwiseJudge",
     "Panel",
     "People",
+    "PostgresDatabase",
     "Prefers",
     "Price",
     "Product",
@@ -122,7 +126,9 @@ __all__ = [
     "ScriptedChat",
     "Shot",
     "Signs",
+    "SqlDatabase",
     "SqlResult",
+    "SqliteDatabase",
     "StructuredChat",
     "TemplateJudge",
     "Threshold",
@@ -164,6 +170,7 @@ __all__ = [
     "normalise_by_group",
     "normalised",
     "numbers_in",
+    "postgres_copies",
     "prove",
     "quotations_in",
     "quoted_from",
@@ -173,6 +180,7 @@ __all__ = [
     "right",
     "rows_match",
     "rubric_of",
+    "schema_text",
     "sql_in",
     "step_signs",
     "tool_calls_in",

@@ -18,10 +18,17 @@ from typing import Literal
 from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Task, Trajectory
 from posttrain.grade.answer import accepted_answers, answer_text, right, wrong
 from posttrain.grade.sql_compare import Columns, Row, results_match
+from posttrain.grade.sql_database import SqlDatabase, SqliteDatabase
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.sql_syntax import ordered_at_top
 
-Databases = Path | Sequence[Path] | Mapping[str, Path | Sequence[Path]] | Callable[[Task], Sequence[Path]]
+Database = Path | SqlDatabase
+Databases = (
+    Database
+    | Sequence[Database]
+    | Mapping[str, Database | Sequence[Database]]
+    | Callable[[Task], Database | Sequence[Database]]
+)
 
 _FENCE = re.compile(r"```[ \t]*+[\w+-]*+[ \t]*+\n(.*?)(?:```|\Z)", re.DOTALL)
 
@@ -45,12 +52,13 @@ class SqlResult:
     proves little (count these, and give more databases).
 
     Args:
-        databases: SQLite files that every query runs on; or a mapping from `task.facts["database"]` to the files of
-            that name; or a function from the task to its files.
+        databases: what every query runs on: SQLite files, or others such as `PostgresDatabase`; or a mapping from
+            `task.facts["database"]` to those of that name; or a function from the task to its own.
         ordered: whether the order of rows counts: "auto" where the gold query itself has an ORDER BY.
         columns: "same": the gold query's columns in its order; "any_order": in any; "superset": others may stand among
             them (as in Defog's SQL-Eval), so that a query which also shows the name is not wrong.
-        timeout_s: CPU seconds for one query on one database.
+        timeout_s: CPU seconds for one query on one file. This and the two other limits are for files: a
+            `PostgresDatabase` has its own.
         max_rows: more rows than this are a failure.
         extract: from the answer's text to its query; `sql_in` if not given.
         tolerance: largest difference of two numbers of which one is not an integer, relative or absolute.
@@ -95,13 +103,13 @@ class SqlResult:
         started_s = time.perf_counter()
         sql = self._extract(answer_text(trajectory))
         golds = accepted_answers(trajectory.task)
-        paths = self._paths(trajectory.task)
-        known = all(self._runner.remembered(path, query) for path in paths for query in (sql, *golds))
+        databases = self._of(trajectory.task)
+        known = all(database.remembered(query) for database in databases for query in (sql, *golds))
         if known:
-            grade = self._compare(trajectory.task, sql, golds, paths)
+            grade = self._compare(trajectory.task, sql, golds, databases)
         else:
             loop = asyncio.get_running_loop()
-            grade = await loop.run_in_executor(self._threads, self._compare, trajectory.task, sql, golds, paths)
+            grade = await loop.run_in_executor(self._threads, self._compare, trajectory.task, sql, golds, databases)
         return grade.replace(seconds=time.perf_counter() - started_s)
 
     def cases(self) -> Sequence[GradeCase]:
@@ -143,35 +151,38 @@ class SqlResult:
             *(case.replace(high=self._executes_score) for case in misses),
         )
 
-    def _paths(self, task: Task) -> tuple[Path, ...]:
+    def _of(self, task: Task) -> tuple[SqlDatabase, ...]:
         databases = self._databases
         if isinstance(databases, Mapping):
             name = task.facts.get("database")
             if not isinstance(name, str) or name not in databases:
                 raise GradeError(f"task {task.id!r}: facts['database'] is {name!r}, none of {sorted(databases)}")
             databases = databases[name]
-        elif callable(databases):
+        elif callable(databases) and not isinstance(databases, SqlDatabase):
             databases = databases(task)
-        paths = (databases,) if isinstance(databases, Path) else tuple(Path(path) for path in databases)
-        if not paths:
+        several = (databases,) if isinstance(databases, Path | SqlDatabase) else tuple(databases)
+        if not several:
             raise GradeError(f"task {task.id!r}: no database to run its query on")
-        return paths
+        return tuple(
+            database if isinstance(database, SqlDatabase) else SqliteDatabase(Path(database), self._runner)
+            for database in several
+        )
 
-    def _compare(self, task: Task, sql: str, golds: Sequence[str], paths: Sequence[Path]) -> Grade:
-        gold_rows = [[self._gold_rows(task, path, gold) for path in paths] for gold in golds]
+    def _compare(self, task: Task, sql: str, golds: Sequence[str], databases: Sequence[SqlDatabase]) -> Grade:
+        gold_rows = [[self._gold_rows(task, database, gold) for database in databases] for gold in golds]
         empty = float(not any(gold_rows[0]))
         if not sql:
             return self._grade("no query in the answer", empty_gold=empty)
         results: list[QueryResult] = []
-        for path in paths:
-            result = self._runner.run(path, sql)
+        for database in databases:
+            result = database.run(sql)
             if result.error is not None:
                 timeout = float(result.timed_out)
-                return self._grade(f"{path.stem}: {result.error}"[:500], empty_gold=empty, timeout=timeout)
+                return self._grade(f"{database.name}: {result.error}"[:500], empty_gold=empty, timeout=timeout)
             results.append(result)
-        for gold, rows_by_path in zip(golds, gold_rows, strict=True):
+        for gold, rows_by_database in zip(golds, gold_rows, strict=True):
             ordered = ordered_at_top(gold) if self._ordered == "auto" else self._ordered
-            pairs = zip(rows_by_path, results, strict=True)
+            pairs = zip(rows_by_database, results, strict=True)
             if all(self._same(rows, got.rows or (), ordered) for rows, got in pairs):
                 return self._grade("", executes=1.0, match=1.0, empty_gold=empty)
         first = results[0].rows or ()
@@ -181,11 +192,11 @@ class SqlResult:
     def _same(self, gold: Sequence[Row], given: Sequence[Row], ordered: bool) -> bool:
         return results_match(gold, given, ordered=ordered, columns=self._columns, tolerance=self._tolerance)
 
-    def _gold_rows(self, task: Task, path: Path, gold: str) -> tuple[Row, ...]:
-        result = self._runner.run(path, gold)
+    def _gold_rows(self, task: Task, database: SqlDatabase, gold: str) -> tuple[Row, ...]:
+        result = database.run(gold)
         if result.rows is None:
             hint = "; raise max_value_bytes" if "too big" in (result.error or "") else ""
-            raise GradeError(f"task {task.id!r}: its gold query fails on {path.name}: {result.error}{hint}")
+            raise GradeError(f"task {task.id!r}: its gold query fails on {database.name}: {result.error}{hint}")
         return result.rows
 
     def _grade(
