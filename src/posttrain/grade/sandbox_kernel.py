@@ -9,6 +9,7 @@ Sources: namespaces(7), user_namespaces(7), pivot_root(2), mount_setattr(2), sec
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -212,16 +213,22 @@ def filter_calls(*, spawn: bool) -> None:
     Args:
         spawn: whether processes and programs may be started, besides threads.
     """
-    program = _filter(platform.machine(), machine_numbers("seccomp")[3], spawn)
-    encoded = b"".join(
-        code.to_bytes(2, "little") + bytes((yes, no)) + value.to_bytes(4, "little") for code, yes, no, value in program
-    )
+    encoded = encoded_filter(platform.machine(), spawn)
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
     call("seccomp", "prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    call("seccomp", "prctl", _PR_SET_SECCOMP, 2, ctypes.byref(Program(len(program), encoded)), 0, 0)
+    call("seccomp", "prctl", _PR_SET_SECCOMP, 2, ctypes.byref(Program(len(encoded) // 8, encoded)), 0, 0)
+
+
+@functools.cache
+def encoded_filter(machine: str, spawn: bool) -> bytes:
+    """The filter as the kernel reads it; made once by the process that all others are forked from."""
+    program = _filter(machine, machine_numbers("seccomp")[3], spawn)
+    return b"".join(
+        code.to_bytes(2, "little") + bytes((yes, no)) + value.to_bytes(4, "little") for code, yes, no, value in program
+    )
 
 
 def _filter(machine: str, audit: int, spawn: bool) -> list[tuple[int, int, int, int]]:

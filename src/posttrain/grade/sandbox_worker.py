@@ -55,8 +55,12 @@ def main() -> None:
     jobs = socket.socket(fileno=int(sys.argv[1]))
     for name in [*_WARM.split(), "statistics", "string", "typing"]:
         __import__(name)
+    with contextlib.suppress(kernel.LayerError):  # on another processor the job says so
+        for spawn in (False, True):
+            kernel.encoded_filter(os.uname().machine, spawn)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps what has ended
     gc.collect()
+    gc.disable()  # until the code runs
     gc.freeze()  # a child that collects garbage must not copy what it shares with this process
     while True:
         message, descriptors, _, _ = socket.recv_fds(jobs, 65536, _MAX_DESCRIPTORS)
@@ -192,6 +196,7 @@ def _guest(job: dict[str, Any], payload: int, out: int, err: int, others: list[i
         os._exit(1)
     os.write(to_init, b"in place")
     os.close(to_init)
+    gc.enable()
     guest.run(job["role"], kept)
     raise AssertionError("the guest came back")
 
