@@ -13,6 +13,7 @@ from torch import Tensor
 from posttrain.core import Sampling
 from posttrain.engine import LocalEngine
 from posttrain.engine.attention import SingleTokens
+from posttrain.engine.blocks import BLOCK, BlockCache, BlockShape, KeyStore, places_of
 from posttrain.engine.cache import SlotCache
 from posttrain.engine.compiled import CompiledDecoder, fits
 from posttrain.models import Decoder, DecoderConfig, LoraConfig, add_adapters
@@ -85,6 +86,26 @@ def make_cache(config: DecoderConfig, slots: int, dtype: torch.dtype, seed: int 
     return cache
 
 
+def make_blocks(config: DecoderConfig, slots: int, seed: int = 1) -> BlockCache:
+    """The same keys and values as `make_cache` makes."""
+    plain, shape = make_cache(config, slots, torch.bfloat16, seed), BlockShape.of(config)
+    blocks = BlockCache(shape, slots, 160)
+    lanes = shape.elements // BLOCK
+    for layer in range(config.num_layers):
+        keys_SJCTK = plain.keys[layer].unflatten(2, (-1, BLOCK))
+        keys = keys_SJCTK.unflatten(4, (-1, 2)).transpose(3, 4).flatten(3)
+        blocks.slots_SL2JCE[:, layer, 0, :, :, : keys.shape[-1]] = keys
+        values = torch.nn.functional.pad(plain.values[layer], (0, lanes - config.head_dim))
+        parts = values.unflatten(2, (-1, BLOCK // 2, 2)).unflatten(5, (-1, 32))  # S J C T/2 2 P 32
+        blocks.slots_SL2JCE[:, layer, 1] = parts.permute(0, 1, 2, 5, 3, 6, 4).flatten(3)
+    return blocks
+
+
+def step(compiled: CompiledDecoder, cache: BlockCache, tokens: Any, slots: Any, lengths: Any) -> Tensor:
+    columns = (np.array(column, dtype=np.int64) for column in (tokens, slots, lengths))
+    return compiled.forward(cache.places, *columns)
+
+
 def plain(model: Decoder, cache: SlotCache, tokens: Tensor, lengths: Tensor) -> Tensor:
     attend = SingleTokens(cache, lengths, int(lengths.max()), ragged=True)
     with torch.inference_mode():
@@ -105,20 +126,20 @@ def test_a_step_is_the_decoders(family: str, rows: int) -> None:
     draw = torch.Generator().manual_seed(rows)
     tokens = torch.randint(0, 203, (rows,), generator=draw)
     lengths = torch.randint(0, 150, (rows,), generator=draw)
-    exact_cache, half_cache, own = (
-        make_cache(model.config, rows + 1, dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
-    )
+    exact_cache, half_cache = (make_cache(model.config, rows + 1, dtype) for dtype in (torch.float32, torch.bfloat16))
+    own = make_blocks(model.config, rows + 1)
     exact = plain(model, exact_cache, tokens, lengths)
     half = plain(halved(model), half_cache, tokens, lengths)
-    slots = np.arange(rows)
-    ours = compiled.forward(own.keys, own.values, tokens.numpy(), slots, lengths.numpy())
+    ours = step(compiled, own, tokens, np.arange(rows), lengths)
     assert ours.shape == exact.shape
     slack = 1.1 if rows > 10 else 1.6  # the mean over few rows is a matter of luck
     assert (ours - exact).abs().mean() <= slack * (half - exact).abs().mean(), "no worse than PyTorch's bf16"
     assert (ours - exact).abs().max() < 0.1 * exact.std()
-    for layer in range(model.config.num_layers):
-        torch.testing.assert_close(own.keys[layer].float(), exact_cache.keys[layer], atol=0.1, rtol=0.05)
-        torch.testing.assert_close(own.values[layer].float(), exact_cache.values[layer], atol=0.1, rtol=0.05)
+    for slot in range(rows + 1):
+        keys, values = own.shape.tokens_of(own.slots_SL2JCE[slot], 160)
+        for layer in range(model.config.num_layers):
+            torch.testing.assert_close(keys[layer].float(), exact_cache.keys[layer][slot], atol=0.1, rtol=0.05)
+            torch.testing.assert_close(values[layer].float(), exact_cache.values[layer][slot], atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("family", ["llama", "window", "qwen3"])
@@ -126,24 +147,23 @@ def test_a_prompt_read_at_once_is_the_prompt_read_token_by_token(family: str) ->
     model = make(**FAMILIES[family])
     compiled = need(model)
     prompts = [list(range(1, 151)), [7], [9, 8, 7, 6, 5], list(range(60, 90)), [3, 3], *([[5, 6, 7]] * 9)]
-    whole = make_cache(model.config, len(prompts), torch.bfloat16)
+    whole = [KeyStore(BlockShape.of(model.config), 150) for _ in prompts]
     lengths = np.array([len(prompt) for prompt in prompts])
     ends = np.cumsum(lengths)
     outputs = np.full(ends[-1], -1)
     outputs[ends - 1] = np.arange(len(prompts))
     at_once = compiled.forward(
-        whole.keys,
-        whole.values,
+        places_of(whole),
         np.concatenate(prompts),
         np.repeat(np.arange(len(prompts)), lengths),
         np.concatenate([np.arange(length) for length in lengths]),
         sequences=np.concatenate(([0], ends)),
         outputs_N=outputs,
     )
-    single = make_cache(model.config, len(prompts), torch.bfloat16)
+    single = BlockCache(BlockShape.of(model.config), len(prompts), 160)
     for row, prompt in enumerate(prompts):
         for place, token in enumerate(prompt):
-            last = compiled.forward(single.keys, single.values, np.array([token]), np.array([row]), np.array([place]))
+            last = step(compiled, single, [token], [row], [place])
         assert torch.equal(at_once[row], last[0]), "to the bit, however the rows were shared among threads"
 
 
@@ -154,11 +174,9 @@ def test_neighbours_and_threads_change_no_bit() -> None:
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        cache = make_cache(model.config, 40, torch.bfloat16)
-        together = compiled.forward(cache.keys, cache.values, tokens, np.arange(40), lengths)
-        alone = [
-            compiled.forward(cache.keys, cache.values, tokens[[r]], np.array([r]), lengths[[r]])[0] for r in range(40)
-        ]
+        cache = make_blocks(model.config, 40)
+        together = step(compiled, cache, tokens, np.arange(40), lengths)
+        alone = [step(compiled, cache, tokens[[r]], [r], lengths[[r]])[0] for r in range(40)]
         assert torch.equal(together, torch.stack(alone))
         results.append(together.clone())
     assert torch.equal(*results)
@@ -167,10 +185,9 @@ def test_neighbours_and_threads_change_no_bit() -> None:
 def test_nan_stays_in_its_row() -> None:
     model = make()
     compiled = need(model)
-    cache = make_cache(model.config, 6, torch.bfloat16)
-    for layer in cache.keys:
-        layer[2] = float("nan")
-    logits = compiled.forward(cache.keys, cache.values, np.arange(6), np.arange(6), np.full(6, 20))
+    cache = make_blocks(model.config, 6)
+    cache.slots_SL2JCE[2, :, 0] = float("nan")
+    logits = step(compiled, cache, np.arange(6), np.arange(6), np.full(6, 20))
     assert logits[2].isnan().all()
     assert logits[[0, 1, 3, 4, 5]].isfinite().all()
 
@@ -179,11 +196,11 @@ def test_changed_weights_are_packed_again() -> None:
     model, other = make(0), make(1)
     compiled = need(model)
     shared = halved(model)
-    cache = make_cache(model.config, 2, torch.bfloat16)
+    cache = make_blocks(model.config, 2)
 
     def logits() -> Tensor:
         compiled.refresh(shared)
-        return compiled.forward(cache.keys, cache.values, np.array([1, 2]), np.array([0, 1]), np.array([5, 9])).clone()
+        return step(compiled, cache, [1, 2], [0, 1], [5, 9]).clone()
 
     before = logits()
     assert torch.equal(before, logits())
@@ -199,10 +216,8 @@ class CompiledLike:
     def __init__(self, model: Decoder) -> None:
         self.compiled = CompiledDecoder(halved(model), 160)
 
-    def logits(self, cache: SlotCache) -> Tensor:
-        return self.compiled.forward(
-            cache.keys, cache.values, np.array([1, 2]), np.array([0, 1]), np.array([5, 9])
-        ).clone()
+    def logits(self, cache: BlockCache) -> Tensor:
+        return step(self.compiled, cache, [1, 2], [0, 1], [5, 9]).clone()
 
 
 def test_adapters_reach_the_compiled_pass() -> None:
@@ -210,15 +225,15 @@ def test_adapters_reach_the_compiled_pass() -> None:
     need(model)
     tuned = halved(model)
     add_adapters(tuned, LoraConfig(rank=4), seed=1)
-    cache = make_cache(model.config, 2, torch.bfloat16)
+    cache = make_blocks(model.config, 2)
     start = CompiledDecoder(tuned, 160)
-    one = start.forward(cache.keys, cache.values, np.array([1, 2]), np.array([0, 1]), np.array([5, 9])).clone()
+    one = step(start, cache, [1, 2], [0, 1], [5, 9]).clone()
     with torch.no_grad():
         for name, weight in tuned.named_parameters():
             if "lora" in name.lower() or weight.requires_grad:
                 weight.add_(0.3)
     start.refresh(tuned)
-    two = start.forward(cache.keys, cache.values, np.array([1, 2]), np.array([0, 1]), np.array([5, 9]))
+    two = step(start, cache, [1, 2], [0, 1], [5, 9])
     assert (one - two).abs().max() > 1e-2
 
 

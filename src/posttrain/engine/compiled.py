@@ -5,14 +5,15 @@ second hardly helps, for each operator is too small to share. decode_step.c goes
 with sequences of its own. Where it does not apply (another family, fp32 weights, no AVX-512 bf16, no compiler) the
 engine calls the decoder, with the same result up to rounding.
 
-N rows (tokens of any sequences), V vocabulary, D width, J key-value heads, M capacity, K head width.
+N rows (tokens of any sequences), V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from posttrain.engine.blocks import BLOCK
+from posttrain.engine.draws import Draws
 from posttrain.models import Decoder, DecoderConfig, PlainWeights, load_native
 
 _COLUMNS = 32  # of a packed panel
+_HALF = _COLUMNS // 2
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 Ints = NDArray[np.int64]
 
@@ -53,25 +57,33 @@ class _Call(ctypes.Structure):
     """`call` of decode_step.c."""
 
     _fields_ = [
-        *((name, _POINTER) for name in ("tokens", "slots", "positions", "outputs", "sequences")),
+        *((name, _POINTER) for name in ("tokens", "places", "positions", "outputs", "sequences")),
         *((name, _INT) for name in ("num_rows", "num_sequences")),
-        *((name, _POINTER) for name in ("keys", "values")),
-        *((name, _INT) for name in ("slot_stride", "head_stride")),
+        ("all_places", _POINTER),
         ("logits", _POINTER),
         ("logits_stride", _INT),
+        *((name, _POINTER) for name in ("kept", "draw")),
     ]
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    library: ctypes.CDLL
+    tile: int  # rows of scratch that each thread needs
+    span: int  # columns of a chunk of logits
+
+
 @functools.cache
-def _kernel() -> tuple[Callable[..., int], int] | None:
-    """The function and how many rows of scratch each thread needs."""
+def _kernel() -> _Kernel | None:
+    """The compiled library, None where it cannot be had."""
     library = load_native(Path(__file__).with_name("decode_step.c"))
     if library is None or not library.decode_step_supported():
         return None
-    kernel: Callable[..., int] = library.decode_step
-    kernel.argtypes = (*(_POINTER,) * 7, ctypes.c_int)  # type: ignore[attr-defined]
-    kernel.restype = ctypes.c_int  # type: ignore[attr-defined]
-    return kernel, int(library.decode_step_tile())
+    assert library.decode_step_block() == BLOCK, "blocks.py lays out what block_attention.h reads"
+    library.decode_step.argtypes = (*(_POINTER,) * 7, ctypes.c_int)
+    library.draw_rows.argtypes = (*(_POINTER,) * 3, ctypes.c_long, ctypes.c_int)
+    library.draw_rows.restype = None
+    return _Kernel(library, int(library.decode_step_tile()), int(library.decode_step_span()))
 
 
 def fits(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> bool:
@@ -98,12 +110,12 @@ class CompiledDecoder:
         self._config = config
         kernel = _kernel()
         assert kernel is not None, "`fits` asked for it"
-        self._kernel, tile = kernel
+        self._kernel = kernel
         self._num_threads = torch.get_num_threads()
         heads = config.num_heads + 2 * config.num_kv_heads
-        floats = max(_padded(heads * config.head_dim), _padded(2 * config.mlp_width))
+        floats = _padded(heads * config.head_dim)
         halves = _padded(max(config.num_heads * config.head_dim, config.mlp_width))
-        rows = tile * self._num_threads
+        rows = kernel.tile * self._num_threads
         self._scratch = (
             torch.empty(rows, config.width),
             torch.empty(rows, floats),
@@ -132,6 +144,7 @@ class CompiledDecoder:
         self._layers = (_Layer * config.num_layers)()
         self._kept: dict[str, Tensor] = {}  # what the pointers point to
         self._seen: tuple[object, int] | None = None
+        self._call = _Call()
         self.refresh(model)
 
     def refresh(self, model: Decoder, *, changed: bool = False) -> None:
@@ -157,62 +170,75 @@ class CompiledDecoder:
 
     def forward(
         self,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
+        all_places: NDArray[np.void],
         tokens_N: Ints,
-        slots_N: Ints,
+        places_N: Ints,
         positions_N: Ints,
         *,
         sequences: Ints | None = None,
         outputs_N: Ints | None = None,
         logits: Tensor | None = None,
+        draws: Draws | None = None,
     ) -> Tensor:
-        """Run tokens through the decoder; their keys and values are in the cache afterwards.
+        """Run tokens through the decoder; their keys and values are in their stores afterwards.
 
         Args:
-            keys: of each layer, slots × J × M × K, bf16, all of the same strides.
-            values: the same.
-            tokens_N: rows of one sequence follow one another.
-            slots_N: each row's slot of the cache.
-            positions_N: each row's position; what stands before it is in the cache or among the earlier rows.
+            all_places: of the type `blocks.PLACE`: where sequences have their keys and values.
+            tokens_N: rows of one sequence follow one another. Siblings that share blocks attend to them together
+                where they follow one another too; no result depends on it.
+            places_N: each row's index in `all_places`.
+            positions_N: each row's position; what stands before it is in the store or among the earlier rows.
             sequences: where each sequence begins, and at last N; None: each row is a sequence of its own.
-            outputs_N: which row of the result each token's logits are, in rising order, -1 for none; None: all.
-            logits: float32 buffer of at least so many rows, from `buffer`, written over; None makes one.
+            outputs_N: which output each token gives, in rising order, -1 for none; None: all.
+            logits: float32 buffer from `buffer`, written over; None makes one.
+            draws: draw a token per output; logits are then kept where `draws.kept` says.
 
         Returns:
-            Logits of what follows the tokens that give any, rows × V, fp32.
+            Logits of what follows the tokens that give any, rows × V, fp32; with `draws` those that are kept.
         """
         num = len(tokens_N) if outputs_N is None else int(outputs_N.max()) + 1
         out = self.buffer(num) if logits is None else logits
-        layers = len(keys)
-        key_places = (ctypes.c_void_p * layers)(*(tensor.data_ptr() for tensor in keys))
-        value_places = (ctypes.c_void_p * layers)(*(tensor.data_ptr() for tensor in values))
-        call = _Call(
-            tokens=tokens_N.ctypes.data,
-            slots=slots_N.ctypes.data,
-            positions=positions_N.ctypes.data,
-            outputs=None if outputs_N is None else outputs_N.ctypes.data,
-            sequences=None if sequences is None else sequences.ctypes.data,
-            num_rows=len(tokens_N),
-            num_sequences=len(tokens_N) if sequences is None else len(sequences) - 1,
-            keys=ctypes.addressof(key_places),
-            values=ctypes.addressof(value_places),
-            slot_stride=keys[0].stride(0),
-            head_stride=keys[0].stride(1),
-            logits=out.data_ptr(),
-            logits_stride=out.stride(0),
-        )
-        declined = self._kernel(
+        call = self._call
+        call.tokens, call.places = tokens_N.ctypes.data, places_N.ctypes.data
+        call.positions = positions_N.ctypes.data
+        call.outputs = None if outputs_N is None else outputs_N.ctypes.data
+        call.sequences = None if sequences is None else sequences.ctypes.data
+        call.num_rows = len(tokens_N)
+        call.num_sequences = len(tokens_N) if sequences is None else len(sequences) - 1
+        call.all_places = all_places.ctypes.data
+        call.logits, call.logits_stride = out.data_ptr(), out.stride(0)
+        call.kept = None if draws is None else draws.kept.ctypes.data
+        call.draw = None if draws is None else ctypes.addressof(draws.struct)
+        declined = self._kernel.library.decode_step(
             *(ctypes.addressof(part) for part in (self._shape, self._layers, call)),
             *(tensor.data_ptr() for tensor in self._scratch),
-            min(torch.get_num_threads(), self._num_threads),
+            self._threads,
         )
         assert not declined, "`fits` checked the shape"
         return out[:num, : self._config.vocab_size]
 
+    def draw(self, logits: Sequence[Tensor], draws: Draws) -> None:
+        """Draw a token from each row of logits (V, fp32)."""
+        rows = np.array([row.data_ptr() for row in logits], dtype=np.int64)
+        shape, struct = ctypes.addressof(self._shape), ctypes.addressof(draws.struct)
+        self._kernel.library.draw_rows(shape, struct, rows.ctypes.data, len(rows), self._threads)
+
+    def draws(self, size: int) -> Draws:
+        """Columns for as many outputs as there may be."""
+        return Draws(size, -(-self._config.vocab_size // self._kernel.span))
+
     def buffer(self, rows: int) -> Tensor:
         """Room for the logits of some rows."""
         return torch.empty(rows, _padded(self._config.vocab_size))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+        return self._config.vocab_size
+
+    @property
+    def _threads(self) -> int:
+        return min(torch.get_num_threads(), self._num_threads)
 
     def _pack_layer(self, weights: Mapping[str, Tensor], layer: int) -> None:
         config, target, name = self._config, self._layers[layer], f"layers.{layer}"
@@ -223,10 +249,12 @@ class CompiledDecoder:
             "down": ("mlp.down", config.mlp_bias),
         }
         for ours, (theirs, biased) in products.items():
-            packed = _packed(weights[f"{name}.{theirs}.weight"])
+            weight = weights[f"{name}.{theirs}.weight"]
+            packed = _packed(_paired(weight) if ours == "up" else weight)
             setattr(target, ours, self._keep(f"{name}.{ours}", packed))
             if biased:
                 bias = weights[f"{name}.{theirs}.bias"].float()
+                bias = _paired(bias) if ours == "up" else bias
                 bias = torch.nn.functional.pad(bias, (0, _padded(len(bias)) - len(bias)))
                 setattr(target, f"{ours}_bias", self._keep(f"{name}.{ours}_bias", bias))
         norms = {"attention_norm": "attention_norm", "mlp_norm": "mlp_norm"}
@@ -248,6 +276,16 @@ class CompiledDecoder:
 
 def _padded(number: int) -> int:
     return -(-number // _COLUMNS) * _COLUMNS
+
+
+def _paired(rows: Tensor) -> Tensor:
+    """Gates and values of an MLP, first all of the one and then of the other, as sixteen of each in turn."""
+    halves = rows.reshape(2, -1, *rows.shape[1:])
+    missing = -halves.shape[1] % _HALF
+    if missing:
+        halves = torch.cat([halves, halves.new_zeros(2, missing, *rows.shape[1:])], 1)
+    pairs = halves.reshape(2, -1, _HALF, *rows.shape[1:])
+    return pairs.transpose(0, 1).flatten(0, 2)
 
 
 def _packed(weight: Tensor) -> Tensor:

@@ -235,7 +235,6 @@ class LocalEngine:
         """Counters and gauges at this moment."""
         stepper = self._stepper
         rows = stepper.rows
-        held = int(rows.table["length"][: rows.num_running].sum())
         return EngineStats(
             num_running=rows.num_running,
             num_waiting=len(stepper.waiting) + len(stepper.ready) + len(stepper.reader.long),
@@ -243,7 +242,7 @@ class LocalEngine:
             prompt_tokens_total=stepper.num_prompt_tokens,
             prefill_tokens_total=stepper.reader.num_computed,
             generation_tokens_total=stepper.num_generated_tokens,
-            kv_usage=held / (self.max_batch * self.max_length),
+            kv_usage=rows.num_cached / (self.max_batch * self.max_length),
             prefix_hits=stepper.prefixes.num_hits,
             prefix_hit_tokens=stepper.prefixes.num_hit_tokens,
             num_steps=stepper.num_steps,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.engine.attention import ContinuedPrompts, WholePrompts
+from posttrain.engine.blocks import BlockShape, KeyStore, places_of
 from posttrain.engine.cache import PromptCache
 from posttrain.engine.compiled import CompiledDecoder
 from posttrain.engine.generation import Generation
@@ -29,7 +30,7 @@ class ReadPrompt:
     """A prompt whose siblings can start."""
 
     generation: Generation
-    cache: PromptCache
+    cache: PromptCache | KeyStore
     row: int  # of `cache`
     logits_V: Tensor
 
@@ -40,14 +41,14 @@ class ReadPrompt:
 
     def detach(self) -> None:
         """Keep this prompt's part of a shared cache only."""
-        if self.cache.num_rows > 1:
+        if isinstance(self.cache, PromptCache) and self.cache.num_rows > 1:
             self.cache, self.row = self.cache.row(self.row, self.length), 0
 
 
 @dataclass(kw_only=True)
 class _LongPrompt:
     generation: Generation
-    cache: PromptCache
+    cache: PromptCache | KeyStore
     num_read: int
 
 
@@ -67,12 +68,14 @@ class PromptReader:
 
     def read(self, generations: Sequence[Generation]) -> list[ReadPrompt]:
         """Read whole prompts, those of similar length together. Results come in the order of the arguments."""
+        if self.compiled is not None:
+            return self._read_compiled(self.compiled, generations)
         fresh: dict[int, list[Generation]] = {}
         continued: list[tuple[Generation, PromptCache, int]] = []
         for generation in generations:
             found = self.prefixes.longest(generation.request.prompt)
-            if found is not None:
-                continued.append((generation, *found))
+            if found is not None and isinstance(found[0], PromptCache):
+                continued.append((generation, found[0], found[1]))
             else:
                 fresh.setdefault((len(generation.request.prompt) - 1).bit_length(), []).append(generation)
         done: dict[int, ReadPrompt] = {}
@@ -87,11 +90,7 @@ class PromptReader:
     def begin(self, generation: Generation) -> None:
         """Take on a prompt that is longer than the budget."""
         prompt = generation.request.prompt
-        cache = self._empty(1, len(prompt))
-        num_read = 0
-        if (found := self.prefixes.longest(prompt)) is not None:
-            _copy(found[0], cache, 0, found[1])
-            num_read = found[1]
+        cache, num_read = self._begun(prompt) if self.compiled is not None else self._begun_plainly(prompt)
         self.long.append(_LongPrompt(generation=generation, cache=cache, num_read=num_read))
 
     def advance(self, budget: int) -> ReadPrompt | None:
@@ -100,7 +99,11 @@ class PromptReader:
         tokens = prompt.generation.request.prompt
         chunk = tokens[prompt.num_read : prompt.num_read + budget]
         last = prompt.num_read + len(chunk) == len(tokens)
-        logits_NV = self._continue(prompt.cache, np.array([prompt.num_read]), [chunk], logits=last)
+        if self.compiled is not None and isinstance(prompt.cache, KeyStore):
+            logits_NV = self._run_compiled(self.compiled, [prompt.cache], [prompt.num_read], [chunk], last)
+        else:
+            assert isinstance(prompt.cache, PromptCache)
+            logits_NV = self._continue(prompt.cache, np.array([prompt.num_read]), [chunk], logits=last)
         prompt.num_read += len(chunk)
         if logits_NV is None:
             return None
@@ -109,10 +112,6 @@ class PromptReader:
 
     def _read_fresh(self, batch: list[Generation]) -> list[ReadPrompt]:
         prompts = [generation.request.prompt for generation in batch]
-        if self.compiled is not None:
-            cache = self._empty(len(batch), max(map(len, prompts)))
-            logits_NV = self._continue(cache, np.zeros(len(batch), np.int64), prompts)
-            return _ready(batch, cache, logits_NV)
         cache = PromptCache(self.model.config.num_layers, len(batch))
         tokens_NT = self._pad(prompts)
         hidden_NTD = self.model.hidden(tokens_NT, attend=WholePrompts(cache))
@@ -133,8 +132,6 @@ class PromptReader:
     ) -> Tensor | None:
         """Read the rests of prompts whose first tokens are cached; what follows each, NV, where it is asked for."""
         self.num_computed += sum(map(len, rests))
-        if self.compiled is not None:
-            return self._continue_compiled(self.compiled, cache, starts, rests, logits)
         tokens_NT = self._pad(rests)
         num_tokens = tokens_NT.shape[1]
         attend = ContinuedPrompts(cache, starts, num_tokens, tokens_NT.device)
@@ -144,25 +141,59 @@ class PromptReader:
         hidden_NTD = self.model.hidden(tokens_NT, positions_BT=positions_NT, attend=attend)
         return self._last_logits(hidden_NTD, rests) if logits else None
 
-    def _continue_compiled(
-        self, compiled: CompiledDecoder, cache: PromptCache, starts: Ints, rests: Sequence[Sequence[int]], logits: bool
+    def _read_compiled(self, compiled: CompiledDecoder, generations: Sequence[Generation]) -> list[ReadPrompt]:
+        prompts = [generation.request.prompt for generation in generations]
+        stores, starts = zip(*(self._begun(prompt) for prompt in prompts), strict=True)
+        rests = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+        logits_NV = self._run_compiled(compiled, stores, starts, rests, logits=True)
+        assert logits_NV is not None
+        return [
+            ReadPrompt(generation=generation, cache=store, row=0, logits_V=logits_V)
+            for generation, store, logits_V in zip(generations, stores, logits_NV.unbind(), strict=True)
+        ]
+
+    def _run_compiled(
+        self,
+        compiled: CompiledDecoder,
+        stores: Sequence[KeyStore],
+        starts: Sequence[int],
+        rests: Sequence[Sequence[int]],
+        logits: bool,
     ) -> Tensor | None:
+        """Read the rests of prompts whose first `starts` tokens are in their stores."""
         lengths = np.array([len(rest) for rest in rests])
         ends = np.cumsum(lengths)
+        self.num_computed += int(ends[-1])
         sequences = np.concatenate(([0], ends))
         outputs = np.full(ends[-1], -1)
         if logits:
             outputs[ends - 1] = np.arange(len(rests))
         result = compiled.forward(
-            cache.keys,
-            cache.values,
+            places_of(stores),
             np.fromiter((token for rest in rests for token in rest), np.int64, ends[-1]),
             np.repeat(np.arange(len(rests)), lengths),
-            np.arange(ends[-1]) - np.repeat(sequences[:-1] - starts, lengths),
+            np.arange(ends[-1]) - np.repeat(sequences[:-1] - np.array(starts), lengths),
             sequences=sequences,
             outputs_N=outputs,
         )
         return result if logits else None
+
+    def _begun(self, prompt: Sequence[int]) -> tuple[KeyStore, int]:
+        """A store for a prompt, and how many of its tokens a kept conversation has put in."""
+        store = KeyStore(BlockShape.of(self.model.config), len(prompt))
+        found = self.prefixes.longest(prompt)
+        if found is None or not isinstance(found[0], KeyStore):
+            return store, 0
+        store.take(found[0], found[1])
+        return store, found[1]
+
+    def _begun_plainly(self, prompt: Sequence[int]) -> tuple[PromptCache, int]:
+        cache = self._empty(1, len(prompt))
+        found = self.prefixes.longest(prompt)
+        if found is None or not isinstance(found[0], PromptCache):
+            return cache, 0
+        _copy(found[0], cache, 0, found[1])
+        return cache, found[1]
 
     def _last_logits(self, hidden_NTD: Tensor, prompts: Sequence[Sequence[int]]) -> Tensor:
         # Logits of the last position only: a prompt's other logits would cost V × T for nothing.

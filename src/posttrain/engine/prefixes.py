@@ -6,7 +6,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from posttrain.core import content_hash
+from posttrain.engine.blocks import KeyStore
 from posttrain.engine.cache import PromptCache
+
+Kept = PromptCache | KeyStore
 
 # Prefixes are found at multiples of this many tokens: fewer keys to hold, at most this many tokens read twice.
 _BLOCK = 16
@@ -21,10 +24,10 @@ class PrefixStore:
         self.num_tokens = 0
         self.num_hits = 0
         self.num_hit_tokens = 0
-        self._entries: OrderedDict[str, tuple[tuple[int, ...], PromptCache]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[tuple[int, ...], Kept]] = OrderedDict()
         self._owners: dict[int, str] = {}  # hash of a block-aligned prefix → the newest entry that begins with it
 
-    def put(self, tokens: Sequence[int], cache: PromptCache) -> None:
+    def put(self, tokens: Sequence[int], cache: Kept) -> None:
         """Keep a sequence; `cache` has one row, which holds exactly these tokens."""
         kept = tuple(tokens)
         if not _BLOCK <= len(kept) <= self.capacity:
@@ -38,7 +41,7 @@ class PrefixStore:
         for end in range(_BLOCK, len(kept) + 1, _BLOCK):
             self._owners[hash(kept[:end])] = key
 
-    def longest(self, prompt: Sequence[int]) -> tuple[PromptCache, int] | None:
+    def longest(self, prompt: Sequence[int]) -> tuple[Kept, int] | None:
         """The stored sequence that shares most of the prompt's beginning, and how many tokens of it.
 
         At least one token of the prompt is left to read: its logits are needed.

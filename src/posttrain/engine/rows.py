@@ -34,6 +34,7 @@ _COLUMNS = np.dtype(
         ("last", np.int64),  # the newest token, not cached yet
         ("first_version", np.int64),
         ("last_version", np.int64),
+        ("running", np.int64),  # 1 while the slot has a row
     ]
 )
 
@@ -63,7 +64,13 @@ class Rows:
         self.num = 0  # slots in use are below it
         self.num_running = 0
         self._vocab_size = vocab_size
+        self.num_changes = 0  # starts, ends and moves so far
         self._sampling: RowSampling | None = None
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values running rows hold."""
+        return int((self.table["length"] * self.table["running"]).sum())
 
     def free_slots(self, count: int) -> list[int]:
         """The lowest free slots, holes first."""
@@ -89,17 +96,19 @@ class Rows:
             0,
             version,
             version,
+            1,
         )
         self.rows[slot] = row
         self.num = max(self.num, slot + 1)
         self.num_running += 1
-        self._sampling = None
+        self._change()
 
     def release(self, slot: int) -> None:
         """Free a slot."""
         self.rows[slot] = None
+        self.table["running"][slot] = 0
         self.num_running -= 1
-        self._sampling = None
+        self._change()
 
     def holes(self) -> list[tuple[int, int]]:
         """Moves (source, target) that leave no holes; `move` does each in turn."""
@@ -121,7 +130,12 @@ class Rows:
         self.table[target] = self.table[source]
         for buffer in (self.tokens_SM, self.logprobs_SM, self.policy_logprobs_SM):
             buffer[target, :generated] = buffer[source, :generated]
+        self.table["running"][source] = 0
         self.rows[target], self.rows[source] = self.rows[source], None
+        self._change()
+
+    def _change(self) -> None:
+        self.num_changes += 1
         self._sampling = None
 
     def sampling(self, device: torch.device) -> RowSampling:

@@ -10,21 +10,17 @@ import time
 from collections import deque
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from posttrain.core import Completion, StopReason, TextTokenizer
-from posttrain.engine.attention import SingleTokens
-from posttrain.engine.cache import PromptCache, SlotCache
 from posttrain.engine.compiled import CompiledDecoder, fits
+from posttrain.engine.compiled_decoding import CompiledDecoding, Slots
+from posttrain.engine.decoding import Decoding, PlainDecoding
+from posttrain.engine.draws import Drawn
 from posttrain.engine.generation import Generation, StreamEvent, wake
 from posttrain.engine.prefill import PromptReader, ReadPrompt
 from posttrain.engine.prefixes import PrefixStore
 from posttrain.engine.rows import Row, Rows
-from posttrain.engine.sampling import Sampled, sample
 from posttrain.engine.text import StopCandidates, TextCursor
-from posttrain.engine.uniforms import uniforms
 from posttrain.models import Decoder
 
 
@@ -43,23 +39,18 @@ class Stepper:
     ) -> None:
         config, weight = model.config, next(model.parameters())
         self.model, self.tokenizer = model, tokenizer
-        self.device = weight.device
         self.version = 0
         self.waiting: deque[Generation] = deque()
         self.ready: deque[ReadPrompt] = deque()  # prompts read, siblings still to start
         self.rows = Rows(num_slots, max_length, config.vocab_size)
-        self.cache = SlotCache(
-            num_layers=config.num_layers,
-            num_slots=num_slots,
-            num_kv_heads=config.num_kv_heads,
-            max_length=max_length,
-            head_dim=config.head_dim,
-            dtype=weight.dtype,
-            device=self.device,
-        )
-        self.compiled = CompiledDecoder(model, max_length) if fits(config, weight.dtype, self.device) else None
+        compiled = CompiledDecoder(model, max_length) if fits(config, weight.dtype, weight.device) else None
+        self.decoding: Decoding
+        if compiled is None:
+            self.decoding = PlainDecoding(model, self.rows, max_length)
+        else:
+            self.decoding = CompiledDecoding(compiled, model, self.rows, max_length)
         self.prefixes = PrefixStore(prefix_tokens)
-        self.reader = PromptReader(model, self.prefixes, prefill_tokens, self.compiled)
+        self.reader = PromptReader(model, self.prefixes, prefill_tokens, compiled)
         self.num_steps = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
@@ -68,7 +59,6 @@ class Stepper:
         self._is_eos[[token for token in tokenizer.eos_ids if token < config.vocab_size]] = True
         self._stop_candidates = StopCandidates(tokenizer, config.vocab_size)
         self._may_expire = False
-        self._logits: Tensor | None = None  # of the running rows, written over by every compiled step
 
     # Requests in and out
 
@@ -114,8 +104,7 @@ class Stepper:
         """Go on with other weights. Running rows keep their cache; prompts not started yet are read again."""
         self.model = self.reader.model = model
         self.version = version
-        if self.compiled is not None:
-            self.compiled.refresh(model, changed=True)
+        self.decoding.refresh(model, changed=True)
         self.prefixes.clear()
         again = [*(prompt.generation for prompt in self.ready), *(prompt.generation for prompt in self.reader.long)]
         self.ready.clear()
@@ -132,8 +121,7 @@ class Stepper:
     def step(self) -> None:
         """Admit what fits, then sample one token for every running row."""
         self.num_steps += 1
-        if self.compiled is not None:
-            self.compiled.refresh(self.model)
+        self.decoding.refresh(self.model)
         if self._may_expire:
             self._expire()
         self._start_ready()
@@ -141,8 +129,8 @@ class Stepper:
             self._read_long()
         self._read_waiting()
         self._start_ready()
-        self._compact()
-        if self.rows.num:
+        self.decoding.compact()
+        if self.rows.num_running:
             self._decode()
         self.deliver()
 
@@ -214,19 +202,8 @@ class Stepper:
             else:
                 prompt.detach()
         if slots:
-            self._fill(slots, prompts)
-            logits_NV = torch.stack([prompt.logits_V for prompt in prompts])
             chosen = np.array(slots)
-            self._sample(logits_NV, chosen, whole=False)
-
-    def _fill(self, slots: list[int], prompts: list[ReadPrompt]) -> None:
-        by_cache: dict[int, tuple[PromptCache, list[int], list[ReadPrompt]]] = {}
-        for slot, prompt in zip(slots, prompts, strict=True):
-            _, some, theirs = by_cache.setdefault(id(prompt.cache), (prompt.cache, [], []))
-            some.append(slot)
-            theirs.append(prompt)
-        for cache, some, theirs in by_cache.values():
-            self.cache.fill(some, cache, [p.row for p in theirs], max(p.length for p in theirs))
+            self._write(chosen, self.decoding.first(chosen, prompts))
 
     def _make_row(self, generation: Generation, index: int) -> Row:
         sampling = generation.request.sampling
@@ -238,90 +215,39 @@ class Stepper:
             row.cursor = TextCursor(self.tokenizer, sampling.stop)
         return row
 
-    def _compact(self) -> None:
-        """Fill the holes that finished rows left, so that a step's tensors are slices."""
-        for source, target in self.rows.holes():
-            self.cache.move(source, target, int(self.rows.table["length"][source]))
-            self.rows.move(source, target)
-        self.rows.num = self.rows.num_running
-
     def _decode(self) -> None:
         """One token for every running row."""
-        num, width = self.rows.num, self._decode_width()
-        table = self.rows.table[:num]
-        if self.compiled is not None:
-            self._sample(self._compiled_logits(self.compiled), np.arange(num), whole=True)
-            return
-        lengths, last = np.zeros(width, np.int64), np.zeros(width, np.int64)
-        lengths[:num], last[:num] = table["length"], table["last"]
-        longest = int(lengths.max())
-        lengths_N = torch.from_numpy(lengths).to(self.device)
-        tokens_N1 = torch.from_numpy(last).to(self.device)[:, None]
-        attend = SingleTokens(self.cache, lengths_N, longest, ragged=int(lengths.min()) != longest)
+        slots = self.decoding.running()
         try:
-            hidden_N1D = self.model.hidden(tokens_N1, positions_BT=lengths_N[:, None], attend=attend)
-            logits_NV = self.model.logits(hidden_N1D[:num, 0])
+            drawn = self.decoding.decode()
         except Exception as error:  # noqa: BLE001  a failed forward pass is the running rows' failure, not the engine's
-            for slot in range(self.rows.num):
+            for slot in slots.tolist():
                 self._finish(slot, StopReason.ERROR, f"a decoding step failed: {error!r}")
             return
-        table["length"] += 1
-        self._sample(logits_NV, np.arange(self.rows.num), whole=True)
+        self._write(slots, drawn)
 
-    def _compiled_logits(self, compiled: CompiledDecoder) -> Tensor:
-        num, table = self.rows.num, self.rows.table
-        if self._logits is None:
-            self._logits = compiled.buffer(len(self.rows.rows))
-        lengths = table["length"][:num].astype(np.int64)
-        table["length"][:num] += 1
-        last = table["last"][:num].astype(np.int64)
-        keys, values = self.cache.keys, self.cache.values
-        return compiled.forward(keys, values, last, np.arange(num), lengths, logits=self._logits)
-
-    def _decode_width(self) -> int:
-        """Rows to decode: the running ones, on a CPU in bf16 a few idle slots more.
-
-        oneDNN compiles and keeps a product for every shape: with each number of rows its own, a run spends more time on
-        that than on products, and grows by megabytes a step.
-        """
-        num = self.rows.num
-        if self.device.type != "cpu" or self.cache.dtype != torch.bfloat16:
-            return num
-        multiple = 8 if num <= 64 else 32
-        return min(-(-num // multiple) * multiple, len(self.rows.rows))
-
-    def _sample(self, logits_NV: Tensor, slots: NDArray[np.int64], *, whole: bool) -> None:
-        """Draw a token per slot, write it down, finish the rows that end. `whole`: the slots are all running rows."""
-        table = self.rows.table
-        uniforms_N = torch.from_numpy(uniforms(table["seed"][slots], table["generated"][slots])).to(self.device)
-        how = self.rows.sampling(self.device) if whole else self.rows.sampling_of(slots, self.device)
-        drawn = sample(logits_NV, uniforms_N, how)
-        # One copy to the host per step; float64 holds every token id exactly.
-        columns = torch.stack(
-            [x.double() for x in (drawn.tokens_N, drawn.logprobs_N, drawn.policy_logprobs_N, drawn.valid_N)]
-        ).cpu()
-        tokens, logprobs, policy_logprobs, valid = columns.numpy()
-        tokens = tokens.astype(np.int64)
+    def _write(self, slots: Slots, drawn: Drawn) -> None:
+        """Write down a token per slot, finish the rows that end."""
+        table, tokens = self.rows.table, drawn.tokens_N
         places = table["generated"][slots]
         self.rows.tokens_SM[slots, places] = tokens
-        self.rows.logprobs_SM[slots, places] = logprobs
-        self.rows.policy_logprobs_SM[slots, places] = policy_logprobs
+        self.rows.logprobs_SM[slots, places] = drawn.logprobs_N
+        self.rows.policy_logprobs_SM[slots, places] = drawn.policy_logprobs_N
         table["generated"][slots] = places + 1
         table["last"][slots] = tokens
         table["last_version"][slots] = self.version
         self.num_generated_tokens += len(slots)
         ended = self._is_eos[tokens] & (table["ignore_eos"][slots] == 0)
         full = places + 1 >= table["max_tokens"][slots]
-        tops = None if drawn.top_ids_NK is None else _top_logprobs(drawn)
-        for place in np.nonzero(ended | full | (valid == 0) | (table["watched"][slots] != 0))[0]:
+        for place in np.nonzero(ended | full | ~drawn.valid_N | (table["watched"][slots] != 0))[0].tolist():
             slot = int(slots[place])
-            if not valid[place]:
+            if not drawn.valid_N[place]:
                 self._fail(slot)
                 continue
             row = self.rows.rows[slot]
             assert row is not None
-            if tops is not None and (most := int(table["num_top"][slot])):
-                row.top_logprobs.append(dict(tops[place][:most]))
+            if drawn.tops is not None and (most := int(table["num_top"][slot])):
+                row.top_logprobs.append(dict(drawn.tops[place][:most]))
             self._look(slot, row, int(tokens[place]), ended=bool(ended[place]), full=bool(full[place]))
 
     def _look(self, slot: int, row: Row, token: int, *, ended: bool, full: bool) -> None:
@@ -359,15 +285,16 @@ class Stepper:
         generation = row.generation
         completion, piece = self.rows.completion(slot, reason, self.tokenizer, error)
         if reason is StopReason.ERROR:
-            self.cache.scrub(slot)
+            self.decoding.scrub(slot)
         elif self.prefixes.capacity:
             length = int(self.rows.table["length"][slot])
             cached = (*generation.request.prompt, *completion.tokens)[:length]
-            self.prefixes.put(cached, self.cache.copy(slot, length))
+            self.prefixes.put(cached, self.decoding.store(slot, length))
         if generation.streaming:
             generation.emit(self.rows.event(slot, piece, completion))
         generation.finish(row.index, completion)
         self.rows.release(slot)
+        self.decoding.release(slot)
         self._touched[id(generation)] = generation
 
     def _finish_unstarted(self, generation: Generation, index: int, reason: StopReason, error: str | None) -> None:
@@ -389,11 +316,3 @@ class Stepper:
             generation.emit(event)
         generation.finish(index, completion)
         self._touched[id(generation)] = generation
-
-
-def _top_logprobs(drawn: Sampled) -> list[list[tuple[int, float]]]:
-    """Per row, (token, logprob) from the most likely down."""
-    assert drawn.top_ids_NK is not None
-    assert drawn.top_logprobs_NK is not None
-    pairs = zip(drawn.top_ids_NK.tolist(), drawn.top_logprobs_NK.tolist(), strict=True)
-    return [list(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
