@@ -166,9 +166,8 @@ class Database:
 
     def artifact_ids(self, prefix: str) -> list[str]:
         """Ids that start so."""
-        return [
-            row["id"] for row in self._rows("SELECT id FROM artifacts WHERE substr(id, 1, ?) = ?", len(prefix), prefix)
-        ]
+        # A range, because the index answers it: ids are hexadecimal, so "g" is above every digit that may follow.
+        return [row["id"] for row in self._rows("SELECT id FROM artifacts WHERE id >= ?1 AND id < ?1 || 'g'", prefix)]
 
     def named(self, name: str) -> str | None:
         """The artifact that bears a name now."""
