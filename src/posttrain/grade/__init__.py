@@ -51,7 +51,10 @@ from posttrain.grade.reward_whitening import Moments
 from posttrain.grade.rubric import Rubric, RubricItem, RubricJudge, rubric_of
 from posttrain.grade.rubric_book import RubricBook, evolve_rubric, write_rubric
 from posttrain.grade.sandbox import JudgedTests, Sandbox, SandboxLimits, SandboxRun
+from posttrain.grade.sandbox_docker import DockerSandbox
 from posttrain.grade.sandbox_process import SandboxUnavailable
+from posttrain.grade.sandbox_protocol import RunsPrograms
+from posttrain.grade.sandbox_remote import RemoteSandbox, SandboxServer
 from posttrain.grade.sql_compare import results_match, rows_match
 from posttrain.grade.sql_copies import mutated_copies
 from posttrain.grade.sql_database import SqlDatabase, SqliteDatabase, schema_text
@@ -73,6 +76,7 @@ __all__ = [
     "Citations",
     "ConstitutionJudge",
     "Contains",
+    "DockerSandbox",
     "EnsembleScorer",
     "Exact",
     "Function",
@@ -111,15 +115,18 @@ __all__ = [
     "QueryRunner",
     "RagJudge",
     "Regex",
+    "RemoteSandbox",
     "Repetition",
     "RewardModel",
     "Rubric",
     "RubricBook",
     "RubricItem",
     "RubricJudge",
+    "RunsPrograms",
     "Sandbox",
     "SandboxLimits",
     "SandboxRun",
+    "SandboxServer",
     "SandboxUnavailable",
     "ScaleJudge",
     "ScoreText",

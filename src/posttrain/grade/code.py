@@ -18,6 +18,7 @@ from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Task, Traj
 from posttrain.grade.answer import answer_text, right, wrong
 from posttrain.grade.combine import in_daemon_thread
 from posttrain.grade.sandbox import JudgedTests, Sandbox
+from posttrain.grade.sandbox_protocol import RunsPrograms
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = frozenset(("", "py", "python", "python3"))
@@ -44,7 +45,7 @@ class UnitTests:
     Parts: `passed`, the share of tests that hold; `timeout`, 1 where the time was over.
 
     Args:
-        sandbox: where programs run.
+        sandbox: where programs run: `Sandbox`, `DockerSandbox` or `RemoteSandbox`.
         partial: whether the score is the share of tests that hold.
         extract: from the answer's text to its program; `code_in` if not given.
         name: the grader's name.
@@ -52,14 +53,14 @@ class UnitTests:
 
     def __init__(
         self,
-        sandbox: Sandbox | None = None,
+        sandbox: RunsPrograms | None = None,
         *,
         partial: bool = False,
         extract: Callable[[str], str] | None = None,
         name: str = "unit_tests",
     ) -> None:
         self.name = name
-        self.sandbox = sandbox or Sandbox()
+        self.sandbox: RunsPrograms = sandbox or Sandbox()
         self.max_concurrency = max(1, os.cpu_count() or 1)
         self._partial = partial
         self._extract = extract or code_in
@@ -129,7 +130,7 @@ class InputOutput:
     Parts: `passed`, the share of pairs that hold; `timeout`, the share that ran out of time.
 
     Args:
-        sandbox: where programs run.
+        sandbox: where programs run: `Sandbox`, `DockerSandbox` or `RemoteSandbox`.
         partial: whether the score is the share of pairs that hold.
         tolerance: largest difference of two numbers, relative or absolute, where a whole line does not match as text;
             None compares text only.
@@ -139,7 +140,7 @@ class InputOutput:
 
     def __init__(
         self,
-        sandbox: Sandbox | None = None,
+        sandbox: RunsPrograms | None = None,
         *,
         partial: bool = False,
         tolerance: float | None = None,
@@ -149,7 +150,7 @@ class InputOutput:
         if tolerance is not None and tolerance < 0:
             raise ConfigError(f"grader {name!r}: tolerance must be 0 or more, not {tolerance}")
         self.name = name
-        self.sandbox = sandbox or Sandbox()
+        self.sandbox: RunsPrograms = sandbox or Sandbox()
         self.max_concurrency = max(1, os.cpu_count() or 1)
         self._partial = partial
         self._tolerance = tolerance

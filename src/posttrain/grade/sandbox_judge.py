@@ -22,10 +22,16 @@ _MAX_FRAME = 16_000_000  # bytes of one message between candidate and judge
 
 
 class Channel:
-    """Messages of JSON, each after its length in four bytes."""
+    """Messages of JSON, each after its length in four bytes.
 
-    def __init__(self, descriptor: int) -> None:
+    Args:
+        descriptor: to read from and, where there is no other for that, to write to.
+        write: to write to.
+    """
+
+    def __init__(self, descriptor: int, write: int | None = None) -> None:
         self._descriptor = descriptor
+        self._write = descriptor if write is None else write
 
     def send(self, message: Any) -> None:
         """Write one message."""
@@ -34,7 +40,7 @@ class Channel:
             raise ValueError("more data than may be passed")
         view = memoryview(len(data).to_bytes(4, "big") + data)
         while view:
-            view = view[os.write(self._descriptor, view) :]
+            view = view[os.write(self._write, view) :]
 
     def receive(self) -> Any:
         """Read one message; EOFError where the other side is gone."""
@@ -142,8 +148,8 @@ def decode(data: Any, other: Any) -> Any:
 class Candidate:
     """The code under test, answering what the judge asks of it."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._channel = Channel(descriptor)
+    def __init__(self, descriptor: int, write: int | None = None) -> None:
+        self._channel = Channel(descriptor, write)
         self._objects: list[Any] = []
 
     def serve(self, program: str) -> int:
@@ -256,8 +262,8 @@ class Remote:
 class Judge:
     """Runs the tests, with the candidate's names standing for calls through the socket."""
 
-    def __init__(self, descriptor: int, verdict: int) -> None:
-        self._channel = Channel(descriptor)
+    def __init__(self, descriptor: int, verdict: int, write: int | None = None) -> None:
+        self._channel = Channel(descriptor, write)
         self._verdict = verdict
 
     def judge(self, payload: dict[str, Any]) -> int:
