@@ -18,6 +18,8 @@ from posttrain.models.config import DecoderConfig, RopeScaling
 from posttrain.models.decoder import Decoder, flops_per_token, num_parameters
 from posttrain.models.folder import load, save, to_hf_tensors
 from posttrain.models.frozen import freeze_layers
+from posttrain.models.fused_decoder import packed_states, shares_prefixes
+from posttrain.models.fused_prefix import SharedRow, share
 from posttrain.models.heads import ScoredDecoder
 from posttrain.models.heads_folder import load_scored, save_scored
 from posttrain.models.hub import resolve
@@ -41,6 +43,7 @@ __all__ = [
     "PlainWeights",
     "RopeScaling",
     "ScoredDecoder",
+    "SharedRow",
     "TokenDivergence",
     "TokenStats",
     "adapter_config",
@@ -63,12 +66,15 @@ __all__ = [
     "merged_adapters",
     "num_parameters",
     "packed_positions",
+    "packed_states",
     "quantise",
     "quickest_dtype",
     "resolve",
     "save",
     "save_adapters",
     "save_scored",
+    "share",
+    "shares_prefixes",
     "to_hf_tensors",
     "token_divergence",
     "token_stats",

@@ -13,63 +13,22 @@
 #include "lanes.h"
 
 enum {
-    TOKENS = 1024,   /* of a pass over tokens */
-    GROUP = 8,       /* tiles of rows that a thread takes at a time */
     BAND = 8 * ROWS, /* rows whose logits are in the cache together */
     SHEET = 4 * PANEL /* and columns */
 };
 
 int head_supported(int threads) { return threads > 0; }
 
-/* One panel of A, turned: words [k / 2][row] of rows [first, first + ROWS) of a[k][m]. */
-static inline void pack_turned(const bf16 *a, long stride, long k, long m, long first, uint32_t *panel) {
-    const long width = least(ROWS, m - first);
-    for (long pair = 0; pair < pairs_of(k); pair++) {
-        uint32_t *to = panel + pair * ROWS;
-        const bf16 *row = a + 2 * pair * stride + first;
-        zip_rows(row, 2 * pair + 1 < k ? row + stride : 0, to, width);
-        for (long i = width; i < ROWS; i++) to[i] = 0;
-    }
-}
-
 /* out[O][D] (+)= sum over tokens of grad[token][O] x[token][D]. Returns 0, or 1 with nothing done. */
 int weight_gradient(const bf16 *grad, long grad_stride, const bf16 *x, long x_stride, float *out, long tokens, long O,
                     long D, int add, int threads) {
-    const long tiles = (O + ROWS - 1) / ROWS, panels = panels_of(D), groups = (tiles + GROUP - 1) / GROUP;
-    const long most = pairs_of(least(TOKENS, tokens));
-    uint32_t *left = aligned_alloc(64, (size_t)(most * (tiles * ROWS + panels * PANEL + 16)) / 16 * 16 * 4 + 64);
-    if (!left) return 1;
-    uint32_t *right = left + (most * tiles * ROWS + 15) / 16 * 16;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    for (long start = 0; start < tokens; start += TOKENS) {
-        const long k = least(TOKENS, tokens - start), pairs = pairs_of(k);
-#pragma omp for schedule(static)
-        for (long i = 0; i < tiles + panels; i++) {
-            if (i < tiles)
-                pack_turned(grad + start * grad_stride, grad_stride, k, O, i * ROWS, left + i * most * ROWS);
-            else
-                pack_rows(x + start * x_stride, x_stride, k, D, (i - tiles) * PANEL,
-                          right + (i - tiles) * most * PANEL);
-        }
-#pragma omp for schedule(static)
-        for (long item = 0; item < panels * groups; item++) {
-            const long panel = item / groups, column = panel * PANEL;
-            for (long tile = item % groups * GROUP; tile < least(tiles, item % groups * GROUP + GROUP); tile++) {
-                const uint32_t *words = left + tile * most * ROWS, *rows[ROWS];
-                for (int r = 0; r < ROWS; r++) rows[r] = words + r;
-                multiply_to(rows, ROWS, right + panel * most * PANEL, pairs, out + tile * ROWS * D + column, D,
-                            least(ROWS, O - tile * ROWS), least(PANEL, D - column), add || start > 0);
-            }
-        }
-    }
-    free(left);
-    return 0;
+    return sum_over_tokens(grad, grad_stride, x, x_stride, out, tokens, O, D, add, threads);
 }
 
 /* out[N][D] += a[N][k] b[k][D], k even */
 int add_product(const bf16 *a, const bf16 *b, float *out, long N, long k, long D, int threads) {
     const long panels = panels_of(D), pairs = k / 2, bands = (N + BAND - 1) / BAND;
-    uint32_t *packed = aligned_alloc(64, (size_t)(panels * pairs * PANEL) * 4);
+    uint32_t *packed = kept_words((size_t)(panels * pairs * PANEL));
     if (!packed) return 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -85,7 +44,6 @@ int add_product(const bf16 *a, const bf16 *b, float *out, long N, long k, long D
                                 least(ROWS, N - n), least(PANEL, D - panel * PANEL), 1);
                 }
     }
-    free(packed);
     return 0;
 }
 
@@ -144,7 +102,7 @@ static void reduce_row(const float *row, long width, long n, const state *s, int
 /* Both pack the block's weights [width][D] and go over all rows, band by band. */
 static uint32_t *pack_block(const bf16 *weights, const block *b, int threads) {
     const long panels = panels_of(b->width), size = b->D / 2 * PANEL;
-    uint32_t *packed = aligned_alloc(64, (size_t)(panels * size) * 4);
+    uint32_t *packed = kept_words((size_t)(panels * size));
     if (packed) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (long i = 0; i < panels; i++)
@@ -172,7 +130,6 @@ int head_forward(const bf16 *hidden, const bf16 *weights, const int64_t *targets
             }
         }
     }
-    free(packed);
     return 0;
 }
 
@@ -209,7 +166,6 @@ int head_backward(const bf16 *hidden, const bf16 *weights, const int64_t *target
             }
         }
     }
-    free(packed);
     return 0;
 }
 #else

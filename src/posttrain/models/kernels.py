@@ -23,6 +23,8 @@ _SIGNATURES: dict[str, dict[str, tuple[type, ...]]] = {
         "norm_heads": (*(_POINTER,) * 5, *(_LONG,) * 6, _FLOAT, _INT),
         "norm_heads_backward": (*(_POINTER,) * 7, *(_LONG,) * 6, _INT),
         "residual_sum": (*(_POINTER,) * 3, _LONG, _INT),
+        "gather_rows": (*(_POINTER,) * 3, _LONG, _LONG, _INT),
+        "add_rows": (*(_POINTER,) * 3, _LONG, _LONG, _INT),
         "round_off": (*(_POINTER,) * 2, _LONG, _INT),
         "silu_gate": (*(_POINTER,) * 2, _LONG, _LONG, _INT),
         "silu_gate_backward": (*(_POINTER,) * 3, _LONG, _LONG, _INT),
@@ -30,6 +32,17 @@ _SIGNATURES: dict[str, dict[str, tuple[type, ...]]] = {
     "packed_attention": {
         "packed_attention": (*(_POINTER,) * 4, *(_LONG,) * 5, *(_POINTER,) * 2, _INT),
         "packed_attention_backward": (*(_POINTER,) * 4, *(_LONG,) * 5, *(_POINTER,) * 4, _INT),
+    },
+    "prefix_attention": {
+        "prefix_supported": (_INT,),
+        "prefix_attention": (*(_POINTER,) * 5, *(_LONG,) * 4, *(_POINTER,) * 2, _INT),
+        "prefix_attention_backward": (*(_POINTER,) * 5, *(_LONG,) * 4, *(_POINTER,) * 4, _INT),
+    },
+    "layer_products": {
+        "products_supported": (_INT,),
+        "project_rows": (*(_POINTER,) * 4, *(_LONG,) * 3, _INT),
+        "pull_back_rows": (*(_POINTER,) * 3, *(_LONG,) * 3, _INT),
+        "project_gradient": (*(_POINTER,) * 4, *(_LONG,) * 3, _INT, _INT),
     },
     "head_tiles": {
         "head_supported": (_INT,),

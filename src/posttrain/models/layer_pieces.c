@@ -135,6 +135,28 @@ void residual_sum(const float *x, const element *branch, float *sum, long num, i
     }
 }
 
+/* out[i] = x[places[i]], rows of D numbers */
+void gather_rows(const float *x, const int64_t *places, float *out, long num, long D, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long i = 0; i < num; i++) memcpy(out + i * D, x + places[i] * D, (size_t)D * sizeof(float));
+}
+
+/* out[places[i]] += x[i]; a place may come more than once, so threads share columns, not rows */
+void add_rows(const float *x, const int64_t *places, float *out, long num, long D, int threads) {
+    const long width = (D / threads + LANES) / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (long first = 0; first < D; first += width) {
+        const long end = first + width < D ? first + width : D;
+        for (long i = 0; i < num; i++) {
+            const float *from = x + i * D;
+            float *to = out + places[i] * D;
+            long c = first;
+            for (; c + LANES <= end; c += LANES) store(to + c, load(to + c) + load(from + c));
+            for (; c < end; c++) to[c] += from[c];
+        }
+    }
+}
+
 /* out = x, rounded */
 void round_off(const float *x, element *out, long num, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

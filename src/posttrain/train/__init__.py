@@ -9,7 +9,16 @@ from posttrain.train.batch import Batch, Denominators
 from posttrain.train.checkpoint import Resumed, list_checkpoints, load_latest, read_state, save_checkpoint, verify
 from posttrain.train.config import TrainConfig
 from posttrain.train.distillation import TopK, distillation_objective, teacher_forward, top_k_columns, top_k_forward
-from posttrain.train.forward import Forward, Pass, Scores, hidden_states, score_forward, token_forward, value_forward
+from posttrain.train.forward import (
+    Forward,
+    Pass,
+    Scores,
+    hidden_states,
+    score_forward,
+    states_at,
+    token_forward,
+    value_forward,
+)
 from posttrain.train.ledger import Ledger
 from posttrain.train.losses import (
     Normalise,
@@ -87,6 +96,7 @@ __all__ = [
     "reward_objective",
     "save_checkpoint",
     "score_forward",
+    "states_at",
     "supervised_objective",
     "teacher_forward",
     "token_forward",

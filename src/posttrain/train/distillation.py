@@ -17,7 +17,7 @@ from posttrain.core import ConfigError, TrainError
 from posttrain.models import Decoder, TokenDivergence, chosen_logprobs, token_divergence
 from posttrain.objectives import Metric, TopKRest
 from posttrain.train.batch import Batch
-from posttrain.train.forward import Forward, Pass, hidden_states
+from posttrain.train.forward import Forward, Pass, states_at
 from posttrain.train.losses import Normalise, Objective, column, normalisation
 
 NO_TOKEN = -1.0  # in a column of token ids: the teacher told fewer
@@ -52,8 +52,8 @@ def teacher_forward(
     def forward(model: Decoder, batch: Batch, row: Pass) -> TokenDivergence:
         before_P = batch.target_P - 1
         with torch.no_grad():
-            teacher_PE = hidden_states(teacher, row).index_select(0, before_P)
-        student_PD = hidden_states(model, row).index_select(0, before_P)
+            teacher_PE = states_at(teacher, row, before_P)
+        student_PD = states_at(model, row, before_P)
         return token_divergence(
             model,
             student_PD,
@@ -116,7 +116,7 @@ def top_k_forward(k: int, *, beta: float = 0.0, rest: TopKRest = "tail") -> Forw
             place = int((~known_PK.any(1)).nonzero()[0, 0])
             owner = batch.ids[int(batch.example_P[place])]
             raise TrainError(f"example {owner!r}: the teacher told no token's probability at a target position")
-        before_PD = hidden_states(model, row).index_select(0, batch.target_P - 1)
+        before_PD = states_at(model, row, batch.target_P - 1)
         asked_PK = torch.cat((ids_PK.clamp(min=0), batch.targets_P[:, None]), 1)
         logprobs_PK = chosen_logprobs(model, before_PD, asked_PK)
         divergence_P = objectives.top_k_divergence(logprobs_PK[:, :k], told_PK, beta=beta, rest=rest, known_NK=known_PK)

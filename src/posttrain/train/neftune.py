@@ -36,6 +36,7 @@ def noisy_embeddings(forward: Forward, alpha: float) -> Forward:
         decoder = getattr(model, "decoder", model)
         if not decoder.training:
             return forward(model, batch, row)
+        row = row.apart()  # sequences with a prefix in common draw each its own noise on it
         lengths = torch.tensor(row.lengths, dtype=torch.float32, device=row.tokens_N.device)
         reach_N = alpha / (lengths * decoder.config.width).sqrt().repeat_interleave(lengths.long())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from posttrain.models import Decoder, token_stats
 from posttrain.models.token_stats import project
 from posttrain.train.batch import Batch
-from posttrain.train.forward import Pass, hidden_states
+from posttrain.train.forward import Pass, states_at
 
 _CHUNK = 1 << 21  # logits at a time
 
@@ -31,7 +31,7 @@ def collision_forward(model: Decoder, batch: Batch, row: Pass) -> CollisionStats
 
     The logits are made twice, a chunk of tokens at a time; the second time without gradient.
     """
-    before_PD = hidden_states(model, row).index_select(0, batch.target_P - 1)
+    before_PD = states_at(model, row, batch.target_P - 1)
     stats = token_stats(model, before_PD, batch.targets_P, temperature=row.temperature, entropy=row.entropy)
     return CollisionStats(stats.logprobs_N, stats.entropy_N, _log_collision(model, before_PD, row.temperature))
 

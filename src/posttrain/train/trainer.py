@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from posttrain import objectives
 from posttrain.core import Example, TrainError, derive_seed
-from posttrain.models import Decoder, ScoredDecoder
+from posttrain.models import Decoder, ScoredDecoder, SharedRow, shares_prefixes
 from posttrain.objectives import Metric
 from posttrain.train.batch import Batch, StepCounts, build_batch
 from posttrain.train.config import TrainConfig
 from posttrain.train.forward import Forward, Pass, token_forward
 from posttrain.train.losses import Objective, nll_objective
 from posttrain.train.optimiser import AdamW, trainable
-from posttrain.train.packing import pack
+from posttrain.train.prefixes import Micro, layout_of, micros_of
 from posttrain.train.ranks import Alone, Together, total_of
 from posttrain.train.rows import ExampleRow, to_rows
 from posttrain.train.state import TrainerState, check_identity, model_identity, weights_of
@@ -46,6 +46,14 @@ def _padded(tokens_N: Tensor, lengths: Sequence[int], max_positions: int) -> tup
     whole, rest = divmod(missing, piece := min(32, max_positions))
     fillers = [piece] * whole + [rest] * (rest > 0)
     return torch.nn.functional.pad(tokens_N, (0, missing)), [*lengths, *fillers]
+
+
+class _Planned(NamedTuple):
+    """A micro-batch, which examples it is of, and what they share (None: the model computes every token)."""
+
+    batch: Batch
+    micro: Micro
+    shared: SharedRow | None
 
 
 class Trainer:
@@ -124,7 +132,7 @@ class Trainer:
                 f"step {self.num_steps + 1}: none of its {counts.num_examples} examples has a target token. "
                 "Their masks are all False: did every rollout fail, or does the chat template mark no assistant turn?"
             )
-        losses, metrics = self._ranks.attempt(lambda: self._gradients(self._batches(live, counts)))
+        losses, metrics = self._ranks.attempt(lambda: self._gradients(self._plan(live, counts)))
         self._ranks.sum_gradients(self._weights)
         norm = torch.nn.utils.get_total_norm(self._optimiser.gradients())
         total = total_of(self._ranks, losses)
@@ -164,12 +172,12 @@ class Trainer:
         columns = [[np.zeros(len(sequence.tokens_T)) for sequence in row.sequences] for row in rows]
         live = [index for index, row in enumerate(rows) if row.num_targets]
         self.model.eval()
-        for batch, members in self._plan([rows[index] for index in live], StepCounts.of(rows)):
+        for planned in self._plan([rows[index] for index in live], StepCounts.of(rows)):
             with self._same_kernels_without_graph():
-                stats = self._stats(batch, self.config.temperature, entropy=False)
+                stats = self._stats(planned, self.config.temperature, entropy=False)
             values_P = stats[0].double().cpu().numpy()
             at = 0
-            for member in members:
+            for member in planned.micro.members:
                 index = live[member]
                 for column_T, sequence in zip(columns[index], rows[index].sequences, strict=True):
                     column_T[sequence.targets] = values_P[at : at + len(sequence.targets)]
@@ -195,9 +203,9 @@ class Trainer:
             raise TrainError(f"evaluate: none of the {counts.num_examples} examples has a target token")
         self.model.eval()
         metrics = []
-        for batch, _ in self._plan(live, counts):
-            stats = self._stats(batch, 1.0, entropy=True)
-            metrics.append(nll_objective(stats, batch)[1])
+        for planned in self._plan(live, counts):
+            stats = self._stats(planned, 1.0, entropy=True)
+            metrics.append(nll_objective(stats, planned.batch)[1])
         result = objectives.combine(self._ranks.metrics(metrics))
         return {
             **result,
@@ -239,23 +247,24 @@ class Trainer:
     def _counts(self, rows: Sequence[ExampleRow]) -> StepCounts:
         return StepCounts.over(self._ranks.gather(StepCounts.of(rows), StepCounts), self._ranks.rank)
 
-    def _batches(self, live: Sequence[ExampleRow], counts: StepCounts) -> Iterator[Batch]:
-        return (batch for batch, _ in self._plan(live, counts))
+    def _plan(self, live: Sequence[ExampleRow], counts: StepCounts) -> Iterator[_Planned]:
+        decoder = self.model.decoder if isinstance(self.model, ScoredDecoder) else self.model
+        product = torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
+        shared = shares_prefixes(decoder, self.device, product)
+        for micro in micros_of(live, self.config.micro_tokens, shared=shared):
+            rows = [live[index] for index in micro.members]
+            batch = build_batch(rows, counts.denominators, counts.groups, self.device)
+            yield _Planned(batch, micro, layout_of(micro, live) if shared else None)
 
-    def _plan(self, live: Sequence[ExampleRow], counts: StepCounts) -> Iterator[tuple[Batch, list[int]]]:
-        for members in pack([row.num_tokens for row in live], self.config.micro_tokens):
-            rows = [live[index] for index in members]
-            yield build_batch(rows, counts.denominators, counts.groups, self.device), members
-
-    def _gradients(self, batches: Iterator[Batch]) -> tuple[list[Tensor], list[dict[str, Metric]]]:
+    def _gradients(self, batches: Iterator[_Planned]) -> tuple[list[Tensor], list[dict[str, Metric]]]:
         """Add up the gradients of all micro-batches; their losses and metrics."""
         self.model.train()
         self._optimiser.zero_grad()
         losses, metrics = [], []
-        for index, batch in enumerate(batches):
+        for index, planned in enumerate(batches):
             with self._derived_randomness(index):
-                stats = self._stats(batch, self.config.temperature, self.config.entropy)
-                loss, observed = self.objective(stats, batch)
+                stats = self._stats(planned, self.config.temperature, self.config.entropy)
+                loss, observed = self.objective(stats, planned.batch)
                 loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             metrics.append(observed)
@@ -269,10 +278,14 @@ class Trainer:
         self._optimiser.zero_grad()
         return lr
 
-    def _stats(self, batch: Batch, temperature: float, entropy: bool) -> Any:
-        tokens_N, lengths = _padded(batch.tokens_N, batch.lengths, self.model.config.max_positions)
+    def _stats(self, planned: _Planned, temperature: float, entropy: bool) -> Any:
+        batch = planned.batch
+        row = Pass(batch.tokens_N, batch.lengths, temperature, entropy, planned.shared)
+        if planned.shared is None:
+            tokens_N, lengths = _padded(batch.tokens_N, batch.lengths, self.model.config.max_positions)
+            row = row._replace(tokens_N=tokens_N, lengths=lengths)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            return self.forward(self.model, batch, Pass(tokens_N, lengths, temperature, entropy))
+            return self.forward(self.model, batch, row)
 
     @contextmanager
     def _derived_randomness(self, micro_batch: int) -> Iterator[None]:
@@ -300,8 +313,7 @@ class Trainer:
         """Find the examples that are to blame, one by one; slow, but the run is over."""
         mine = []
         for row in live:
-            batch = build_batch([row], counts.denominators, counts.groups, self.device)
-            losses, _ = self._gradients(iter([batch]))
+            losses, _ = self._gradients(self._plan([row], counts))
             norm = torch.nn.utils.get_total_norm(self._optimiser.gradients())
             if not (math.isfinite(losses[0].item()) and math.isfinite(norm.item())):
                 mine.append(row.id)
