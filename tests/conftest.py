@@ -25,7 +25,9 @@ def postgres_server() -> Iterator[str]:
         yield named
         return
     if subprocess.run(["bash", _SCRIPT, "find"], capture_output=True).returncode:
-        pytest.skip("no PostgreSQL server is installed (apt-get install postgresql), and POSTTRAIN_TEST_POSTGRES is not set")
+        pytest.skip(
+            "no PostgreSQL server is installed (apt-get install postgresql), and POSTTRAIN_TEST_POSTGRES is not set"
+        )
     started = subprocess.run(["bash", _SCRIPT, "start"], capture_output=True, text=True, timeout=300)
     assert started.returncode == 0, started.stderr
     folder = started.stdout.strip()

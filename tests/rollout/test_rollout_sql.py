@@ -1,15 +1,10 @@
-"""Databases to work with: SQLite through the grader's runner, PostgreSQL where there is one."""
+"""Databases to work with: SQLite through the grader's runner, PostgreSQL where a server is installed."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import os
-import shutil
+import itertools
 import sqlite3
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from posttrain.core import MissingExtraError, Sampling, Task, ToolCall, UsageError
+from posttrain.core import Sampling, Task, ToolCall
 from posttrain.engine import ScriptedEngine
-from posttrain.grade import QueryLimits, QueryRunner
+from posttrain.grade import PostgresDatabase, QueryLimits, QueryRunner
 from posttrain.render import CALL_SYNTAXES, Renderer, Tokenizer
-from posttrain.rollout import PostgresQueries, SqlTools, ToolError, TurnTokens, run_episodes, sql_environment
+from posttrain.rollout import EpisodeLimits, SqlTools, ToolError, TurnTokens, run_episodes, sql_environment
 
 TOKENIZER = Tokenizer.train_bpe(["SELECT name FROM item"], 300, ("<|im_end|>", "<|im_start|>"))
 
@@ -114,82 +109,85 @@ def test_an_episode_looks_errs_and_tries_again(database: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """The DSN of a role that may read, on a server of our own: POSTTRAIN_TEST_POSTGRES names another."""
-    if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("psycopg is not installed (the extra postgres)")
-    if named := os.environ.get("POSTTRAIN_TEST_POSTGRES"):
-        yield named
-        return
-    binaries = [shutil.which("initdb"), shutil.which("postgres")]
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").exists() else []
-    folder = Path(binaries[0]).parent if binaries[0] else (found[-1] if found else None)
-    if folder is None:
-        pytest.skip("no PostgreSQL server is installed (or name one: POSTTRAIN_TEST_POSTGRES)")
-    place = Path(tempfile.mkdtemp(prefix="pg-"))  # a short path: that of a socket may have 107 characters
-    as_user: dict[str, Any] = {}
-    if os.geteuid() == 0:  # the server refuses to run as root
-        as_user = {"user": "nobody"}
-        shutil.chown(place, "nobody")
-    run = partial(subprocess.run, check=True, capture_output=True, cwd=place, timeout=120, **as_user)
-    run([folder / "initdb", "-D", place / "data", "-U", "owner", "--auth=trust", "-N"])
-    options = f"-k {place} -c listen_addresses='' -c fsync=off"
-    run([folder / "pg_ctl", "-D", place / "data", "-w", "-l", place / "log", "-o", options, "start"])
-    try:
-        import psycopg
+def shop(postgres_server: str) -> Iterator[PostgresDatabase]:
+    """Two tables of a database, by a role that may read them."""
+    import psycopg
 
-        with psycopg.connect(f"host={place} dbname=postgres user=owner", autocommit=True) as owner:
-            owner.execute("CREATE TABLE item (name TEXT, price REAL)")
-            owner.execute("INSERT INTO item VALUES ('tea', 3.25), ('mug', 8)")
-            owner.execute("CREATE ROLE reader LOGIN")
-            owner.execute("GRANT SELECT ON item TO reader")
-        yield f"host={place} dbname=postgres user=reader"
-    finally:
-        run([folder / "pg_ctl", "-D", place / "data", "-m", "immediate", "stop"])
-        shutil.rmtree(place, ignore_errors=True)
+    with psycopg.connect(f"{postgres_server} dbname=postgres", autocommit=True) as owner:
+        owner.execute("CREATE DATABASE episode")
+        owner.execute("CREATE ROLE episode_reader LOGIN")
+    with psycopg.connect(f"{postgres_server} dbname=episode") as owner:
+        owner.execute("CREATE TABLE maker (id INTEGER PRIMARY KEY, city VARCHAR(20) NOT NULL)")
+        owner.execute("CREATE TABLE item (name TEXT, price NUMERIC(8, 2), maker INTEGER REFERENCES maker)")
+        owner.execute("INSERT INTO maker VALUES (1, 'Kyoto'), (2, 'Delft')")
+        owner.execute("INSERT INTO item VALUES ('tea', 3.25, 1), ('mug', 8, 2), ('pot', 20.5, 1)")
+        owner.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO episode_reader")
+    dsn = psycopg.conninfo.make_conninfo(postgres_server, dbname="episode", user="episode_reader")
+    database = PostgresDatabase(dsn, limits=QueryLimits(timeout_s=5.0, max_rows=50))
+    yield database
+    database.close()
+    with psycopg.connect(f"{postgres_server} dbname=postgres", autocommit=True) as owner:
+        owner.execute("DROP DATABASE episode WITH (FORCE)")
+        owner.execute("DROP ROLE episode_reader")
 
 
-def test_postgres_reads(postgres: str) -> None:
-    queries = PostgresQueries(postgres, timeout_s=1.0, max_rows=5)
-    used = SqlTools(queries)
-    assert asyncio.run(used.schema()) == "item(name text, price real)"
-    assert asyncio.run(used.query("SELECT name, price FROM item ORDER BY price")) == "tea | 3.25\nmug | 8"
-    assert asyncio.run(used.query("SELECT name FROM item WHERE name LIKE '%e%'")) == "tea"
-    queries.close()
+def test_an_episode_on_postgresql_looks_errs_is_refused_and_answers(shop: PostgresDatabase) -> None:
+    says = iter(
+        [
+            call(),
+            call(sql="SELECT cost FROM item"),
+            call(sql="UPDATE item SET price = 0"),
+            call(sql="SELECT pg_read_file('/etc/passwd')"),
+            call(
+                sql="SELECT m.city, sum(i.price) FROM item i JOIN maker m ON m.id = i.maker GROUP BY 1 ORDER BY 2 DESC"
+            ),
+            "Kyoto",
+        ]
+    )
+    gold = "SELECT city, sum(price) FROM item JOIN maker ON id = maker GROUP BY city ORDER BY sum(price) DESC"
+
+    def judge(task: Task, answer: str, used: SqlTools) -> float:
+        return float(shop(used.last_query).rows == shop(gold).rows) / 2 + float(answer == task.answer) / 2
+
+    (group,) = asyncio.run(
+        run_episodes(
+            ScriptedEngine(lambda request: next(says), TOKENIZER),
+            [Task(id="city", prompt="Whose goods are worth most?", answer="Kyoto")],
+            sql_environment(lambda task: shop, judge=judge, failed_reward=-0.125),
+            Sampling(max_tokens=400, n=1),
+            turns=TurnTokens(Renderer(TOKENIZER)),
+            seed=0,
+        )
+    )
+    (trajectory,) = group.trajectories
+    assert trajectory.error is None
+    assert [message.content for message in trajectory.messages if message.role == "tool"] == [
+        "CREATE TABLE item (name text, price numeric(8,2), maker integer, FOREIGN KEY (maker) REFERENCES maker(id))\n"
+        "CREATE TABLE maker (id integer NOT NULL, city character varying(20) NOT NULL, PRIMARY KEY (id))",
+        'Error: column "cost" does not exist (line 1, at "cost FROM item")',
+        "Error: not allowed: only a single SELECT may run, not 'UPDATE item SET pric'",
+        "Error: not allowed: function pg_read_file",
+        "Kyoto | 23.75\nDelft | 8",
+    ]
+    assert trajectory.metrics["reward"] == 1.0 - 3 * 0.125
+    assert (trajectory.metrics["tools/calls"], trajectory.metrics["tools/failures"]) == (5, 3)
 
 
-@pytest.mark.parametrize(
-    ("sql", "why"),
-    [
-        ("SELECT colour FROM item", 'column "colour" does not exist'),
-        ("INSERT INTO item VALUES ('pot', 1)", "permission denied|read-only"),
-        ("CREATE TEMP TABLE x (a INT)", "read-only"),
-        ("SELECT 1; COMMIT; DROP TABLE item", "multiple commands"),
-        ("COMMIT", "."),
-        ("SELECT pg_sleep(30)", "statement timeout"),
-        ("SELECT a.name FROM item a, item b, generate_series(1, 50) c", "too many rows"),
-        ("SELECT pg_read_file('/etc/passwd')", "permission denied"),
-        ("COPY item TO PROGRAM 'id'", "permission denied|must be superuser|COPY"),
-    ],
-)
-def test_postgres_refuses(postgres: str, sql: str, why: str) -> None:
-    queries = PostgresQueries(postgres, timeout_s=0.5, max_rows=50)
-    with pytest.raises(ToolError, match=why):
-        asyncio.run(SqlTools(queries).query(sql))
-    assert queries("SELECT count(*) FROM item").rows == [(2,)], "it goes on, and nothing has changed"
-    queries.close()
+def test_episodes_on_postgresql_run_side_by_side(shop: PostgresDatabase) -> None:
+    numbers = itertools.count()
 
-
-def test_a_superuser_is_refused(postgres: str) -> None:
-    if "user=reader" not in postgres:
-        pytest.skip("not our own server")
-    with pytest.raises(UsageError, match="superuser"):
-        PostgresQueries(postgres.replace("user=reader", "user=owner"))
-    with pytest.raises(UsageError, match="cannot be used"):
-        PostgresQueries(postgres.replace("user=reader", "user=nobody_at_all"))
-
-
-def test_without_psycopg_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(MissingExtraError, match=r"posttrain\[postgres\]"):
-        PostgresQueries("dbname=x")
+    groups = asyncio.run(
+        run_episodes(
+            ScriptedEngine(lambda request: call(sql=f"SELECT {next(numbers)} FROM item"), TOKENIZER),
+            [Task(id=str(number), prompt="?") for number in range(12)],
+            sql_environment(lambda task: shop, with_schema=False),
+            Sampling(max_tokens=400, n=2),
+            turns=TurnTokens(Renderer(TOKENIZER)),
+            limits=EpisodeLimits(max_turns=2),
+            seed=0,
+        )
+    )
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    assert len(trajectories) == 24
+    assert all(trajectory.error is None for trajectory in trajectories)
+    assert all(trajectory.metrics["tools/failures"] == 0 for trajectory in trajectories)

@@ -42,10 +42,10 @@ from posttrain.grade.panel import Panel
 from posttrain.grade.people import HumanGrade, HumanGrades, People
 from posttrain.grade.postgres import PostgresDatabase
 from posttrain.grade.postgres_copies import postgres_copies
-from posttrain.grade.proof import ProofReport, ProvenCase, all_graders, prove
+from posttrain.grade.proof import ProofReport, ProvenCase, all_graders, prove, prove_all
 from posttrain.grade.rag import RagJudge
 from posttrain.grade.repetition import Repetition, longest_loop, repeated_ngrams
-from posttrain.grade.reward_metrics import reward_metrics
+from posttrain.grade.reward_metrics import failure_metrics, reward_metrics
 from posttrain.grade.reward_model import EnsembleScorer, Prefers, RewardModel, ScoreText
 from posttrain.grade.reward_whitening import Moments
 from posttrain.grade.rubric import Rubric, RubricItem, RubricJudge, rubric_of
@@ -57,13 +57,14 @@ from posttrain.grade.sandbox_protocol import RunsPrograms
 from posttrain.grade.sandbox_remote import RemoteSandbox, SandboxServer
 from posttrain.grade.sql_compare import results_match, rows_match
 from posttrain.grade.sql_copies import mutated_copies
-from posttrain.grade.sql_database import SqlDatabase, SqliteDatabase, schema_text
+from posttrain.grade.sql_database import SqlDatabase, SqliteDatabase, open_database, schema_text
 from posttrain.grade.sql_gold import alternatives
 from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.text import Exact, Length, Regex
 from posttrain.grade.tool_call import NoToolCall, ToolCalls, bfcl_task, tool_calls_in
 from posttrain.grade.url_guard import UrlGuard, UrlRefused
+from posttrain.grade.watched import TellsRun, WatchedGrader
 from posttrain.grade.word_overlap import Contains, WordF1, answer_words, word_f1
 from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
 
@@ -140,12 +141,14 @@ __all__ = [
     "TemplateJudge",
     "Threshold",
     "ToolCalls",
+    "TellsRun",
     "Tools",
     "UnitTests",
     "UrlGuard",
     "UrlRefused",
     "Veto",
     "WatchBounds",
+    "WatchedGrader",
     "Weighted",
     "WordF1",
     "WorkerFailure",
@@ -164,6 +167,7 @@ __all__ = [
     "citations_in",
     "code_in",
     "evolve_rubric",
+    "failure_metrics",
     "grade_all",
     "grade_while",
     "human_eval_task",
@@ -177,8 +181,10 @@ __all__ = [
     "normalise_by_group",
     "normalised",
     "numbers_in",
+    "open_database",
     "postgres_copies",
     "prove",
+    "prove_all",
     "quotations_in",
     "quoted_from",
     "repeated_ngrams",

@@ -18,7 +18,7 @@ _DOUBLED = 0.15  # share that it has again, under another key
 _CHANGED = 0.3  # share of values, of columns that are no key, that are others
 _NULL = 0.05  # share that are nothing
 _MIN_ROWS = 3  # a table is not made smaller than this
-_ATTEMPTS = 10
+_ATTEMPTS = 5
 _MAX_ROWS = 20_000  # of a table; more would take minutes
 
 _TABLES = """
@@ -176,7 +176,7 @@ def postgres_copies(dsn: str, num_copies: int = 2, seed: int = 0, *, queries: Se
         num_copies: how many.
         seed: the same seed gives the same rows.
         queries: gold queries that must run on every copy. PostgreSQL refuses a scalar subquery of two rows, which a
-            copy may bring about: such a copy is made again from another seed, ten times at most.
+            copy may bring about: such a copy is made again from another seed, five times at most.
 
     Returns:
         Names of the copies, `<name>_copy1` and so on; older ones of these names are replaced. Grade on these and the
@@ -184,7 +184,7 @@ def postgres_copies(dsn: str, num_copies: int = 2, seed: int = 0, *, queries: Se
 
     Raises:
         MissingExtraError: psycopg is not installed.
-        GradeError: the database cannot be copied, or a query does not run on any of ten copies.
+        GradeError: the database cannot be copied, or a query does not run on any of five copies.
     """
     psycopg = import_psycopg()
     try:

@@ -55,6 +55,7 @@ _LEXEME = re.compile(
   | (?P<quoted>")
   | (?P<name>[A-Za-z_\u0080-\U0010ffff][\w$\u0080-\U0010ffff]*)
   | (?P<dollar>\$(?:[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_\u0080-\U0010ffff]*)?\$)
+  | (?P<parameter>\$\d)
   | (?P<mark>.)
     """,
     re.VERBOSE | re.DOTALL,
@@ -106,6 +107,8 @@ def tokens(sql: str) -> list[Token]:
             place = _after_comment(sql, start)
         elif kind == "unicode_name":
             raise Refused('not allowed: U&"…" names')
+        elif kind == "parameter":
+            raise Refused(f"not allowed: the parameter {match.group()}")
         elif kind == "dollar":
             end = sql.find(match.group(), place)
             if end < 0:

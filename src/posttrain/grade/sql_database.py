@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from posttrain.core import UsageError
+from posttrain.grade.postgres import PostgresDatabase
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 
 
@@ -79,3 +82,22 @@ def schema_text(database: SqlDatabase) -> str:
     if result.rows is None:
         raise ValueError(f"{database.name}: its tables cannot be read: {result.error}")
     return "\n".join(" ".join(str(row[0]).split()) for row in result.rows if row[0])
+
+
+def open_database(named: str, *, limits: QueryLimits | None = None) -> SqlDatabase:
+    """The database that words name: a PostgreSQL address, or the path of a SQLite file.
+
+    Args:
+        named: `postgresql://reader@/shop?host=/tmp/pg`, `host=/tmp/pg dbname=shop user=reader`, or `shop.db`.
+        limits: what each query may use.
+
+    Raises:
+        UsageError: there is no such file, or no server answers, or its role may do too much.
+        MissingExtraError: a PostgreSQL database is named and psycopg is not installed.
+    """
+    if named.startswith(("postgresql://", "postgres://")) or re.search(r"\b(dbname|host|service)=", named):
+        return PostgresDatabase(named, limits=limits)
+    path = Path(named)
+    if not path.is_file():
+        raise UsageError(f"no such database {named}")
+    return SqliteDatabase(path, QueryRunner(limits or QueryLimits()))

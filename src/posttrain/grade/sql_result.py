@@ -118,7 +118,7 @@ class SqlResult:
         facts = {} if name is None else {"database": name}
         rows = "SELECT 1 AS a, 'x' AS b UNION ALL SELECT 2, 'y' UNION ALL SELECT 2, 'y'"
         bag = Task(id="rows", prompt="Some rows.", answer=rows, facts=facts)
-        listed = Task(id="order", prompt="In order.", answer=f"SELECT a FROM ({rows}) ORDER BY a DESC", facts=facts)
+        listed = Task(id="order", prompt="In order.", answer=f"SELECT a FROM ({rows}) AS t ORDER BY a DESC", facts=facts)
         third = Task(id="float", prompt="A third?", answer="SELECT 1.0 / 3", facts=facts)
         free = self._ordered is not True
         swapped = "SELECT 'x', 1 UNION ALL SELECT 'y', 2 UNION ALL SELECT 'y', 2"
@@ -145,7 +145,7 @@ class SqlResult:
             good.append((bag, "SELECT 2.0, 'y' UNION ALL SELECT 1, 'x' UNION ALL SELECT 2, 'y'"))
         misses = [wrong(bag, text, why) for text, why in bad] + [wrong(third, "SELECT 0.33", "rounded")]
         if self._ordered is not False:
-            misses.append(wrong(listed, f"SELECT a FROM ({rows}) ORDER BY a", "the other order"))
+            misses.append(wrong(listed, f"SELECT a FROM ({rows}) AS t ORDER BY a", "the other order"))
         return (
             *(right(task, text) for task, text in good),
             *(case.replace(high=self._executes_score) for case in misses),

@@ -12,7 +12,7 @@ from typing import Any
 
 from posttrain import data as rows
 from posttrain.core import Task, UsageError
-from posttrain.grade import QueryLimits, QueryRunner, Sandbox, normalised, rows_match
+from posttrain.grade import Sandbox, normalised, open_database, rows_match
 from posttrain.rollout import (
     EnvironmentFactory,
     GuessNumber,
@@ -29,9 +29,9 @@ def environment_from(text: str) -> EnvironmentFactory:
     """The factory of environments that a word names.
 
     Args:
-        text: `guess` and `hangman` (games in words), `sql:shop.db` (query the SQLite file; the task's answer is a gold
-            query or the result itself), `python` (a session in the sandbox; the answer is compared as text), or
-            `FILE.py:NAME`: a class or function that makes one without arguments.
+        text: `guess` and `hangman` (games in words), `sql:shop.db` (query the SQLite file, or `sql:postgresql://…`;
+            the task's answer is a gold query or the result itself), `python` (a session in the sandbox; the answer is
+            compared as text), or `FILE.py:NAME`: a class or function that makes one without arguments.
 
     Raises:
         UsageError: no such environment, file or database.
@@ -45,11 +45,8 @@ def environment_from(text: str) -> EnvironmentFactory:
             Sandbox(), judge=lambda task, answer: float(normalised(answer) == normalised(task.answer or ""))
         )
     if word == "sql":
-        database = Path(rest)
-        if not database.is_file():
-            raise UsageError(f"environment {text!r}: no such database")
-        run = partial(QueryRunner(QueryLimits()).run, database)
-        return sql_environment(lambda task: run, judge=partial(same_result, run))
+        database = open_database(rest)
+        return sql_environment(lambda task: database, judge=partial(same_result, database))
     if word.endswith(".py") and rest:
         return _factory_of(_module_of(Path(word)), rest, text)
     raise UsageError(f"no environment {text!r}; give {WORDS}")

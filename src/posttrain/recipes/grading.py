@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain.core import Grader, UsageError
-from posttrain.grade import Exact, Maths, Number, SqlResult
+from posttrain.grade import Exact, Maths, Number, SqlResult, open_database
 from posttrain.recipes.judging import judge_from
 
 WORDS = "exact, number, maths, sql:DATABASE[,DATABASE…], judge:URL#MODEL[,FILE.toml], or FILE.py:NAME"
@@ -18,8 +18,8 @@ def grader_from(text: str) -> Grader:
 
     Args:
         text: `exact` (normalised text), `number` (the last number, GSM8K's convention), `maths` (math-verify),
-            `sql:a.db,b.db` (result sets on these SQLite files), `judge:URL#MODEL,FILE.toml` (a served model, with its
-            criteria and limits in the file), or `FILE.py:NAME`, a grader or what makes one.
+            `sql:a.db,b.db` (result sets on these SQLite files, or `postgresql://…`), `judge:URL#MODEL,FILE.toml` (a
+            served model, with its criteria and limits in the file), or `FILE.py:NAME`, a grader or what makes one.
 
     Raises:
         UsageError: no such grader, file or database.
@@ -29,11 +29,10 @@ def grader_from(text: str) -> Grader:
         plain: dict[str, Callable[[], Grader]] = {"exact": Exact, "number": Number, "maths": Maths}
         return plain[text]()
     if word == "sql":
-        databases = [Path(part.strip()) for part in rest.split(",") if part.strip()]
-        absent = [str(path) for path in databases if not path.is_file()]
-        if not databases or absent:
-            raise UsageError(f"grader {text!r}: no such database {', '.join(absent) or '(none named)'}")
-        return SqlResult(databases)
+        parts = [part.strip() for part in rest.split(",") if part.strip()]
+        if not parts:
+            raise UsageError(f"grader {text!r}: no such database (none named)")
+        return SqlResult([Path(part) if Path(part).is_file() else open_database(part) for part in parts])
     if word == "judge":
         return judge_from(rest)
     if word.endswith(".py") and rest:

@@ -33,7 +33,6 @@ from posttrain.rollout.gym_environment import GymEnvironment, OpenEnvEnvironment
 from posttrain.rollout.lockstep import Lockstep, Parked
 from posttrain.rollout.mcp_client import McpError
 from posttrain.rollout.mcp_tools import McpSession, McpTool, connect_http, connect_stdio
-from posttrain.rollout.postgres import PostgresQueries
 from posttrain.rollout.python_environment import PythonSession, python_environment
 from posttrain.rollout.resampling import Filled, Rolled, fill_batch, has_variance, pass_rate
 from posttrain.rollout.rollout_metrics import rollout_metrics
@@ -68,7 +67,6 @@ __all__ = [
     "OpenEnvEnvironment",
     "Parked",
     "PassRateCurriculum",
-    "PostgresQueries",
     "PromptSchedule",
     "PromptSource",
     "PromptStream",

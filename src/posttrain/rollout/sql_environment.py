@@ -28,8 +28,9 @@ class QueryAnswer(Protocol):
 
 
 RunsQueries = Callable[[str], QueryAnswer]
-"""Runs one read-only query under limits, and never raises for what is wrong with the query: for SQLite
-`functools.partial(grade.QueryRunner(limits).run, path)`, for PostgreSQL `PostgresQueries(dsn)`."""
+"""Runs one read-only query under limits, and never raises for what is wrong with the query: a
+`grade.SqliteDatabase(path)`, a `grade.PostgresDatabase(dsn)`. Its `schema_query`, where it has one, is how it
+tells its tables."""
 
 Databases = Callable[[Task], RunsQueries]
 
