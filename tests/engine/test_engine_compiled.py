@@ -94,10 +94,10 @@ def make_blocks(config: DecoderConfig, slots: int, seed: int = 1) -> BlockCache:
     for layer in range(config.num_layers):
         keys_SJCTK = plain.keys[layer].unflatten(2, (-1, BLOCK))
         keys = keys_SJCTK.unflatten(4, (-1, 2)).transpose(3, 4).flatten(3)
-        blocks.slots_SL2JCE[:, layer, 0, :, :, : keys.shape[-1]] = keys
+        blocks.slots_SLJC2E[:, layer, :, :, 0, : keys.shape[-1]] = keys
         values = torch.nn.functional.pad(plain.values[layer], (0, lanes - config.head_dim))
         parts = values.unflatten(2, (-1, BLOCK // 2, 2)).unflatten(5, (-1, 32))  # S J C T/2 2 P 32
-        blocks.slots_SL2JCE[:, layer, 1] = parts.permute(0, 1, 2, 5, 3, 6, 4).flatten(3)
+        blocks.slots_SLJC2E[:, layer, :, :, 1] = parts.permute(0, 1, 2, 5, 3, 6, 4).flatten(3)
     return blocks
 
 
@@ -136,7 +136,7 @@ def test_a_step_is_the_decoders(family: str, rows: int) -> None:
     assert (ours - exact).abs().mean() <= slack * (half - exact).abs().mean(), "no worse than PyTorch's bf16"
     assert (ours - exact).abs().max() < 0.1 * exact.std()
     for slot in range(rows + 1):
-        keys, values = own.shape.tokens_of(own.slots_SL2JCE[slot], 160)
+        keys, values = own.shape.tokens_of(own.slots_SLJC2E[slot], 160)
         for layer in range(model.config.num_layers):
             torch.testing.assert_close(keys[layer].float(), exact_cache.keys[layer][slot], atol=0.1, rtol=0.05)
             torch.testing.assert_close(values[layer].float(), exact_cache.values[layer][slot], atol=0.1, rtol=0.05)
@@ -186,7 +186,7 @@ def test_nan_stays_in_its_row() -> None:
     model = make()
     compiled = need(model)
     cache = make_blocks(model.config, 6)
-    cache.slots_SL2JCE[2, :, 0] = float("nan")
+    cache.slots_SLJC2E[2, :, :, :, 0] = float("nan")
     logits = step(compiled, cache, np.arange(6), np.arange(6), np.full(6, 20))
     assert logits[2].isnan().all()
     assert logits[[0, 1, 3, 4, 5]].isfinite().all()

@@ -2,7 +2,7 @@
  *
  * Of one key-value head and one block, with K the head width and P = K padded to 32: keys are a panel of K inputs and
  * BLOCK columns, values P / 32 panels of BLOCK inputs and 32 columns; each has room for BLOCK x P elements. A store
- * holds a sequence: [layer][keys, values][head][block]. Several queries go over a block together: those that share a
+ * holds a sequence: [layer][head][block][keys, values]. Several queries go over a block together: those that share a
  * key-value head, those of one prompt's tokens, and those of siblings, which read their prompt from the same store.
  * Softmax runs with a running maximum (Milakov and Gimelshein, 1805.02867), block by block from the first token, so
  * that a query's result is the same to the bit whoever goes with it. Weights are rounded to bf16, and so is what they
@@ -10,7 +10,7 @@
 #pragma once
 #include "products.h"
 
-enum { BLOCK = 32, MOST_GROUP = 64, MOST_WIDTH = 256, QUERIES = 48 };
+enum { BLOCK = 32, MOST_GROUP = 64, MOST_WIDTH = 256, QUERIES = 48, AT_ONCE = 6 };
 
 /* Where the keys and values of a sequence are: the first blocks in a store that others read too. */
 typedef struct {
@@ -29,16 +29,12 @@ typedef struct {
     long K, P, J; /* head width, padded; key-value heads */
 } head_shape;
 
-static inline element *block_of(const head_shape *h, element *store, long capacity, long layer, int values, long head,
-                                long block) {
-    return store + ((((layer * 2 + values) * h->J + head) * capacity) + block) * BLOCK * h->P;
-}
-
 /* Where a token's block is. */
 static inline element *home(const head_shape *h, const place *p, long layer, int values, long head, long block) {
-    return block < p->num_shared
-               ? block_of(h, p->shared, (long)p->shared_capacity, layer, values, head, block)
-               : block_of(h, p->own, (long)p->own_capacity, layer, values, head, block - (long)p->num_shared);
+    const int shared = block < p->num_shared;
+    const long capacity = (long)(shared ? p->shared_capacity : p->own_capacity);
+    const long at = (layer * h->J + head) * capacity + (shared ? block : block - (long)p->num_shared);
+    return (shared ? p->shared : p->own) + (2 * at + values) * BLOCK * h->P;
 }
 
 static inline void put_key(element *block, long token, const element *key, long K) {
@@ -93,23 +89,69 @@ static inline void weigh(queries *s, long i, long block, __m512 scale, long P) {
     _mm512_storeu_ps(s->total + i * 16, _mm512_add_ps(total, _mm512_add_ps(widen16(x), widen16(y))));
 }
 
-/* The queries [from, to) over one block. */
-static void attend_block(queries *s, long from, long to, long block, const element *keys, const element *values,
-                         const head_shape *h, __m512 scale) {
-    product(s->q + from * h->K, h->K, keys, h->K, 0, s->scores + from * BLOCK, BLOCK, to - from, 0, 1);
-    for (long i = from; i < to; i++) weigh(s, i, block, scale, h->P);
-    product_added(s->weights + from * BLOCK, BLOCK, values, BLOCK, 0, s->out + from * h->P, h->P, to - from, 0,
-                  h->P / COLUMNS);
+/* out[R x 32] (+)= a[R x 2 pairs] times a panel, in two partial sums, so that few queries do not wait for each other's
+ * products; meanwhile as many cache lines at `ahead` are on their way. */
+static inline __attribute__((always_inline)) void small_tile(const element *a, long a_stride, const element *panel,
+                                                             const element *ahead, long pairs, const int add,
+                                                             float *out, long out_stride, const int R) {
+    __m512 sums[AT_ONCE][4];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < 4; i++) sums[r][i] = _mm512_setzero_ps();
+#define PAIR(p, first, second)                                                                    \
+    {                                                                                             \
+        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + (p) * 64);                       \
+        const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + (p) * 64 + 32);                  \
+        _mm_prefetch((const char *)(ahead + (p) * 64), _MM_HINT_T0);                              \
+        _mm_prefetch((const char *)(ahead + (p) * 64 + 32), _MM_HINT_T0);                         \
+        for (int r = 0; r < R; r++) {                                                             \
+            int32_t two;                                                                          \
+            memcpy(&two, a + r * a_stride + 2 * (p), sizeof two);                                 \
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(two);                               \
+            sums[r][first] = _mm512_dpbf16_ps(sums[r][first], both, b0);                          \
+            sums[r][second] = _mm512_dpbf16_ps(sums[r][second], both, b1);                        \
+        }                                                                                         \
+    }
+    long p = 0;
+    for (; p + 2 <= pairs; p += 2) {
+        PAIR(p, 0, 1)
+        PAIR(p + 1, 2, 3)
+    }
+    if (p < pairs) PAIR(p, 0, 1)
+#undef PAIR
+    for (int r = 0; r < R; r++) {
+        float *to = out + r * out_stride;
+        __m512 left = _mm512_add_ps(sums[r][0], sums[r][2]), right = _mm512_add_ps(sums[r][1], sums[r][3]);
+        if (add) left = _mm512_add_ps(left, _mm512_loadu_ps(to)), right = _mm512_add_ps(right, _mm512_loadu_ps(to + 16));
+        _mm512_storeu_ps(to, left);
+        _mm512_storeu_ps(to + 16, right);
+    }
 }
 
-/* The queries [from, to), one place's, over its blocks [start, end). */
-static void attend_blocks(queries *s, long from, long to, long start, long end, const place *p, long layer, long head,
-                          const head_shape *h, __m512 scale) {
-    for (long block = start; block < end; block++) {
-        const element *keys = home(h, p, layer, 0, head, block), *values = home(h, p, layer, 1, head, block);
-        for (long i = 0; i < BLOCK * h->P; i += 32) __builtin_prefetch(values + i);
-        attend_block(s, from, to, block, keys, values, h, scale);
-    }
+static inline __attribute__((always_inline)) void small_product(const element *a, long a_stride, const element *packed,
+                                                                const element *ahead, long inner, const int add,
+                                                                float *out, long out_stride, long rows, long panels) {
+    const long pairs = inner / 2;
+    for (long n = 0; n < panels; n++)
+        for (long r = 0; r < rows; r += AT_ONCE) {
+            const element *some = a + r * a_stride, *panel = packed + n * pairs * 64, *next = ahead + n * pairs * 64;
+            float *to = out + r * out_stride + n * COLUMNS;
+            switch (least(rows - r, AT_ONCE)) {
+#define CASE(R) \
+    case R: small_tile(some, a_stride, panel, next, pairs, add, to, out_stride, R); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#undef CASE
+            default: break;
+            }
+        }
+}
+
+/* The queries [from, to) over one block, while the blocks of a later visit are on their way. */
+static void attend_block(queries *s, long from, long to, long block, const element *keys, const element *values,
+                         const element *later_keys, const element *later_values, const head_shape *h, __m512 scale) {
+    small_product(s->q + from * h->K, h->K, keys, later_keys, h->K, 0, s->scores + from * BLOCK, BLOCK, to - from, 1);
+    for (long i = from; i < to; i++) weigh(s, i, block, scale, h->P);
+    small_product(s->weights + from * BLOCK, BLOCK, values, later_values, BLOCK, 1, s->out + from * h->P, h->P,
+                  to - from, h->P / COLUMNS);
 }
 
 /* A query's output, as bf16. */

@@ -1,6 +1,6 @@
 """Keys and values in blocks of tokens, as the compiled forward pass reads them; siblings share their prompt's.
 
-L layers, S slots, J key-value heads, C blocks of capacity, E elements of a block.
+L layers, S slots, J key-value heads, C blocks, E elements of a block.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from posttrain.engine.huge import huge_zeros
 from posttrain.models import DecoderConfig
 
 BLOCK = 32  # tokens; BLOCK of block_attention.h
 _LANES = 32  # a head is padded to a multiple
 
-# `place` of block_attention.h: addresses and sizes in blocks.
-PLACE = np.dtype(
-    [(name, np.int64) for name in ("own", "shared", "own_capacity", "shared_capacity", "num_shared")], align=True
-)
+# `place` of block_attention.h: two addresses, and sizes in blocks.
+PLACE = np.dtype([(name, np.int64) for name in ("own", "shared", "own_capacity", "shared_capacity", "num_shared")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +41,15 @@ class BlockShape:
 
     def empty(self, num_blocks: int, *leading: int) -> Tensor:
         """Zeros, not empty: what lies beyond a sequence's end is weighed with 0, but 0 × NaN would still be NaN."""
-        shape = (*leading, self.num_layers, 2, self.num_kv_heads, num_blocks, self.elements)
-        return torch.zeros(shape, dtype=torch.bfloat16)
+        return huge_zeros((*leading, self.num_layers, self.num_kv_heads, num_blocks, 2, self.elements))
 
-    def tokens_of(self, blocks_L2JCE: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    def tokens_of(self, blocks_LJC2E: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens as they are elsewhere, each L × J × tokens × head width."""
-        layers, _, heads, num, _ = blocks_L2JCE.shape
+        layers, heads, num, _, _ = blocks_LJC2E.shape
         lanes = self.elements // BLOCK
-        keys = blocks_L2JCE[:, 0, :, :, : BLOCK * self.head_dim].reshape(layers, heads, num, -1, BLOCK, 2)
-        values = blocks_L2JCE[:, 1].reshape(layers, heads, num, lanes // _LANES, BLOCK // 2, _LANES, 2)
-        keys = keys.permute(0, 1, 2, 4, 3, 5).reshape(layers, heads, num * BLOCK, self.head_dim)
+        keys = blocks_LJC2E[:, :, :, 0, : BLOCK * self.head_dim].reshape(layers, heads, num, -1, BLOCK, 2)
+        values = blocks_LJC2E[:, :, :, 1].reshape(layers, heads, num, lanes // _LANES, BLOCK // 2, _LANES, 2)
+        keys = keys.transpose(3, 4).reshape(layers, heads, num * BLOCK, self.head_dim)
         values = values.permute(0, 1, 2, 4, 6, 3, 5).reshape(layers, heads, num * BLOCK, lanes)
         return keys[:, :, :length], values[:, :, :length, : self.head_dim]
 
@@ -64,17 +61,17 @@ class KeyStore:
 
     def __init__(self, shape: BlockShape, num_tokens: int) -> None:
         """Room for so many tokens."""
-        self.blocks_L2JCE = shape.empty(-(-num_tokens // BLOCK))
+        self.blocks_LJC2E = shape.empty(-(-num_tokens // BLOCK))
 
     @property
     def capacity(self) -> int:
         """In blocks."""
-        return self.blocks_L2JCE.shape[3]
+        return self.blocks_LJC2E.shape[2]
 
     def take(self, other: KeyStore, num_tokens: int) -> None:
         """Copy another's first tokens."""
         num = -(-num_tokens // BLOCK)
-        self.blocks_L2JCE[:, :, :, :num].copy_(other.blocks_L2JCE[:, :, :, :num])
+        self.blocks_LJC2E[:, :, :num].copy_(other.blocks_LJC2E[:, :, :num])
 
 
 class BlockCache:
@@ -82,11 +79,11 @@ class BlockCache:
 
     def __init__(self, shape: BlockShape, num_slots: int, max_length: int) -> None:
         self.shape = shape
-        self.slots_SL2JCE = shape.empty(-(-max_length // BLOCK), num_slots)
+        self.slots_SLJC2E = shape.empty(-(-max_length // BLOCK), num_slots)
         self.places = np.zeros(num_slots, dtype=PLACE)
-        stride = self.slots_SL2JCE.stride(0) * self.slots_SL2JCE.element_size()
-        self.places["own"] = self.slots_SL2JCE.data_ptr() + stride * np.arange(num_slots)
-        self.places["own_capacity"] = self.slots_SL2JCE.shape[4]
+        stride = self.slots_SLJC2E.stride(0) * self.slots_SLJC2E.element_size()
+        self.places["own"] = self.slots_SLJC2E.data_ptr() + stride * np.arange(num_slots)
+        self.places["own_capacity"] = self.slots_SLJC2E.shape[3]
         self._prompts: list[KeyStore | None] = [None] * num_slots  # alive as long as a slot reads them
 
     def fill(self, slots: Sequence[int], prompt: KeyStore, length: int) -> None:
@@ -95,25 +92,25 @@ class BlockCache:
         for slot in slots:
             self._prompts[slot] = prompt
             place = self.places[slot]
-            place["shared"] = prompt.blocks_L2JCE.data_ptr() if num_shared else 0
+            place["shared"] = prompt.blocks_LJC2E.data_ptr() if num_shared else 0
             place["shared_capacity"], place["num_shared"] = prompt.capacity, num_shared
             if rest:
-                self.slots_SL2JCE[slot, :, :, :, 0].copy_(prompt.blocks_L2JCE[:, :, :, num_shared])
+                self.slots_SLJC2E[slot, :, :, 0].copy_(prompt.blocks_LJC2E[:, :, num_shared])
 
     def copy(self, slot: int, length: int) -> KeyStore:
         """A slot's first tokens, on their own."""
         alone = KeyStore(self.shape, length)
-        num_shared = min(int(self.places[slot]["num_shared"]), alone.capacity)
+        num = alone.capacity
+        num_shared = min(int(self.places[slot]["num_shared"]), num)
         prompt = self._prompts[slot]
         if prompt is not None:
             alone.take(prompt, num_shared * BLOCK)
-        own = self.slots_SL2JCE[slot, :, :, :, : alone.capacity - num_shared]
-        alone.blocks_L2JCE[:, :, :, num_shared:].copy_(own)
+        alone.blocks_LJC2E[:, :, num_shared:].copy_(self.slots_SLJC2E[slot, :, :, : num - num_shared])
         return alone
 
     def scrub(self, slot: int) -> None:
         """Zero a slot whose row failed, so that its NaNs reach nobody."""
-        self.slots_SL2JCE[slot].zero_()
+        self.slots_SLJC2E[slot].zero_()
 
     def release(self, slot: int) -> None:
         """Forget the prompt of a slot whose row has ended."""
@@ -124,6 +121,6 @@ class BlockCache:
 def places_of(stores: Sequence[KeyStore]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
     """Places of sequences that share nothing."""
     places = np.zeros(len(stores), dtype=PLACE)
-    places["own"] = [store.blocks_L2JCE.data_ptr() for store in stores]
+    places["own"] = [store.blocks_LJC2E.data_ptr() for store in stores]
     places["own_capacity"] = [store.capacity for store in stores]
     return places

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from posttrain.engine.blocks import BLOCK
 from posttrain.engine.draws import Draws
+from posttrain.engine.huge import Arena
 from posttrain.models import Decoder, DecoderConfig, PlainWeights, load_native
 
 _COLUMNS = 32  # of a packed panel
@@ -142,6 +143,7 @@ class CompiledDecoder:
             sines=self._sines.data_ptr(),
         )
         self._layers = (_Layer * config.num_layers)()
+        self._arena = Arena()
         self._kept: dict[str, Tensor] = {}  # what the pointers point to
         self._seen: tuple[object, int] | None = None
         self._call = _Call()
@@ -270,7 +272,7 @@ class CompiledDecoder:
         if known is not None and known.shape == tensor.shape:
             known.copy_(tensor)
             return known.data_ptr()
-        self._kept[name] = tensor.contiguous().clone()
+        self._kept[name] = self._arena.keep(tensor)
         return self._kept[name].data_ptr()
 
 

@@ -43,7 +43,7 @@ typedef struct {
 
 int decode_step_supported(void) { return 1; }
 
-enum { TILE = 128, FEW = 8 };
+enum { TILE = 128, FEW = 8, AHEAD = 4 };
 
 int decode_step_tile(void) { return TILE; }
 
@@ -91,63 +91,108 @@ static inline void turn(float *head, const float *weight, const float *cosine, c
     }
 }
 
-/* The rows [r, end) attend with one key-value head: those of one sequence, or siblings. */
-static void attend_group(const model_shape *m, const layer_weights *w, const call *c, const head_shape *h, long layer,
-                         long head, long base, long r, long end, float *s, long s_stride, element *halves,
-                         long h_stride) {
-    const long K = h->K, P = h->P, G = m->heads / m->kv_heads, num = (end - r) * G;
-    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)K));
-    queries all;
-    long first = INT64_MAX;
-    for (long i = 0; i < num; i++) {
-        const long row = r + i / G, at = (long)c->positions[base + row];
-        turn(s + row * s_stride + (head * G + i % G) * K, w->q_norm, m->cosines + at * (K / 2), m->sines + at * (K / 2),
-             K, (float)m->eps, all.q + i * K);
-        all.end[i] = at + 1;
-        all.first[i] = w->window > 0 && at + 1 > w->window ? at + 1 - w->window : 0;
-        all.top[i] = -INFINITY;
-        first = least(first, all.first[i]);
+/* A way through the blocks that some rows attend to with one key-value head. Rows of one sequence, or siblings, are a
+ * group: first the blocks that all of it shares, then those of each sequence. */
+typedef struct {
+    const call *c;
+    const layer_weights *w;
+    const head_shape *h;
+    long layer, head, base, rows, most_rows;
+    long start, end, first; /* rows of the group, and the first token that any of them sees */
+    long from, to, next;    /* rows of this visit, and where the next sequence begins */
+    long block, stop;
+    const place *p;
+} walk;
+
+static inline void walk_to_group(walk *k) {
+    const call *c = k->c;
+    const int64_t *places = c->places + k->base, *positions = c->positions + k->base;
+    const long start = k->end, window = (long)k->w->window;
+    const place *p = c->all_places + places[start];
+    long end = start + 1, lowest = (long)positions[start];
+    for (; end < k->rows && end - start < k->most_rows; end++) {
+        const place *other = c->all_places + places[end];
+        if (other != p && !(p->num_shared && other->shared == p->shared && other->num_shared == p->num_shared)) break;
+        lowest = least(lowest, (long)positions[end]);
     }
-    memset(all.out, 0, (size_t)(num * P) * sizeof(float));
-    memset(all.total, 0, (size_t)(num * 16) * sizeof(float));
-    const place *own = c->all_places + c->places[base + r];
-    attend_blocks(&all, 0, num, first / BLOCK, (long)own->num_shared, own, layer, head, h, scale);
-    for (long from = r, to; from < end; from = to) {
-        own = c->all_places + c->places[base + from];
-        for (to = from + 1; to < end && c->places[base + to] == c->places[base + from];) to++;
-        const long last = ((long)c->positions[base + to - 1]) / BLOCK + 1;
-        attend_blocks(&all, (from - r) * G, (to - r) * G, most(first / BLOCK, (long)own->num_shared), last, own, layer,
-                      head, h, scale);
-    }
-    for (long i = 0; i < num; i++)
-        finish(&all, i, K, P, halves + (r + i / G) * h_stride + (head * G + i % G) * K);
+    k->start = k->from = k->next = start, k->end = k->to = end;
+    k->first = window > 0 && lowest + 1 > window ? lowest + 1 - window : 0;
+    k->p = p, k->block = k->first / BLOCK, k->stop = (long)p->num_shared;
 }
 
-/* The key-value heads [from, to): rotate, write the keys and values, attend. s holds q, k and v side by side. */
+/* On to the next block; 0 where there is none. */
+static inline int walk_on(walk *k) {
+    k->block++;
+    while (k->block >= k->stop) {
+        if (k->next == k->end) {
+            if (k->end == k->rows) return 0;
+            walk_to_group(k);
+            continue;
+        }
+        const int64_t *places = k->c->places + k->base;
+        k->from = k->next;
+        for (k->to = k->from + 1; k->to < k->end && places[k->to] == places[k->from];) k->to++;
+        k->next = k->to;
+        k->p = k->c->all_places + places[k->from];
+        k->block = most(k->first / BLOCK, (long)k->p->num_shared);
+        k->stop = (long)k->c->positions[k->base + k->to - 1] / BLOCK + 1;
+    }
+    return 1;
+}
+
+/* The queries of a group, rotated, with nothing seen yet. */
+static inline void open_group(const model_shape *m, const walk *k, queries *s, float *qkv, long stride) {
+    const long K = k->h->K, G = m->heads / m->kv_heads, num = (k->end - k->start) * G, window = (long)k->w->window;
+    for (long i = 0; i < num; i++) {
+        const long row = k->start + i / G, at = (long)k->c->positions[k->base + row];
+        turn(qkv + row * stride + (k->head * G + i % G) * K, k->w->q_norm, m->cosines + at * (K / 2),
+             m->sines + at * (K / 2), K, (float)m->eps, s->q + i * K);
+        s->end[i] = at + 1;
+        s->first[i] = window > 0 && at + 1 > window ? at + 1 - window : 0;
+        s->top[i] = -INFINITY;
+    }
+    memset(s->out, 0, (size_t)(num * k->h->P) * sizeof(float));
+    memset(s->total, 0, (size_t)(num * 16) * sizeof(float));
+}
+
+/* The key-value heads [from, to): rotate, write the keys and values, attend. qkv holds q, k and v side by side. */
 static void attend_rows(const model_shape *m, const layer_weights *w, const call *c, long layer, long base, long rows,
-                        float *s, long s_stride, element *halves, long h_stride, long from, long to) {
-    const long K = m->head_dim, H = m->heads, J = m->kv_heads, at_once = most(1, QUERIES / (H / J));
+                        float *qkv, long stride, element *halves, long h_stride, long from, long to) {
+    const long K = m->head_dim, H = m->heads, J = m->kv_heads, G = H / J;
     const head_shape h = {K, padded(K), J};
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf((float)K));
     element key[MOST_WIDTH];
+    queries s;
     for (long j = from; j < to; j++) {
         for (long r = 0; r < rows; r++) {
             const long at = (long)c->positions[base + r];
             const place *own = c->all_places + c->places[base + r];
-            float *row = s + r * s_stride;
+            float *row = qkv + r * stride;
             turn(row + (H + j) * K, w->k_norm, m->cosines + at * (K / 2), m->sines + at * (K / 2), K, (float)m->eps,
                  key);
             put_key(home(&h, own, layer, 0, j, at / BLOCK), at % BLOCK, key, K);
             put_value(home(&h, own, layer, 1, j, at / BLOCK), at % BLOCK, row + (H + J + j) * K, K);
         }
-        for (long r = 0, end; r < rows; r = end) {
-            const long mine = (long)c->places[base + r];
-            const place *p = c->all_places + mine;
-            for (end = r + 1; end < rows && end - r < at_once; end++) {
-                const place *other = c->all_places + c->places[base + end];
-                if (other != p && !(p->num_shared && other->shared == p->shared && other->num_shared == p->num_shared))
-                    break;
+        walk now = {.c = c, .w = w, .h = &h, .layer = layer, .head = j, .base = base, .rows = rows,
+                    .most_rows = most(1, QUERIES / G), .block = -1};
+        walk later = now;
+        const element *later_keys = (const element *)&s, *later_values = later_keys;
+        int more = 1;
+        for (int i = 0; i < AHEAD && more; i++) more = walk_on(&later);
+        for (long group = -1; walk_on(&now);) {
+            if (group != now.start) open_group(m, &now, &s, qkv, stride);
+            group = now.start;
+            if (more) more = walk_on(&later);
+            if (more) {
+                later_keys = home(&h, later.p, layer, 0, j, later.block);
+                later_values = home(&h, later.p, layer, 1, j, later.block);
             }
-            attend_group(m, w, c, &h, layer, j, base, r, end, s, s_stride, halves, h_stride);
+            attend_block(&s, (now.from - group) * G, (now.to - group) * G, now.block,
+                         home(&h, now.p, layer, 0, j, now.block), home(&h, now.p, layer, 1, j, now.block), later_keys,
+                         later_values, &h, scale);
+            if (now.block + 1 == now.stop && now.next == now.end && (now.p->num_shared <= now.block))
+                for (long i = 0; i < (now.end - group) * G; i++)
+                    finish(&s, i, K, h.P, halves + (group + i / G) * h_stride + (j * G + i % G) * K);
         }
     }
 }

@@ -48,16 +48,22 @@ static inline __m512 silu16(__m512 x) {
     return _mm512_mul_ps(_mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e)), x);
 }
 
-/* out[R x 32] = a[R x 2 pairs] times one packed panel; `rest`, if given, is added to a: what its bf16 left over. */
+/* out[R x 32] = a[R x 2 pairs] times one packed panel; `rest`, if given, is added to a: what its bf16 left over. If
+ * it `asks`, the next panel is on its way from memory meanwhile; asking past the end is no access. */
 static inline __attribute__((always_inline)) void tile(const element *a, const element *rest, long a_stride,
                                                        const element *panel, long pairs, const float *bias,
-                                                       const int how, void *out, long out_stride, const int R) {
+                                                       const int how, const int asks, void *out, long out_stride,
+                                                       const int R) {
     __m512 left[MOST_ROWS], right[MOST_ROWS];
     for (int r = 0; r < R; r++) left[r] = right[r] = _mm512_setzero_ps();
     for (const element *from = a; from; from = from == a ? rest : 0)
         for (long p = 0; p < pairs; p++) {
             const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + p * 64);
             const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + p * 64 + 32);
+            if (asks) {
+                _mm_prefetch((const char *)(panel + (pairs + p) * 64), _MM_HINT_T1);
+                _mm_prefetch((const char *)(panel + (pairs + p) * 64 + 32), _MM_HINT_T1);
+            }
             for (int r = 0; r < R; r++) {
                 int32_t two;
                 memcpy(&two, from + r * a_stride + 2 * p, sizeof two);
@@ -95,17 +101,22 @@ static inline __attribute__((always_inline)) void multiply(const element *a, con
     for (long n = from; n < to; n++) {
         const element *panel = packed + n * pairs * 64;
         const float *own = bias ? bias + n * COLUMNS : 0;
-        for (long r = 0; r < rows; r += MOST_ROWS) {
-            const element *some = a + r * a_stride, *more = rest ? rest + r * a_stride : 0;
-            void *place = how == GATE ? (void *)((element *)out + r * out_stride + n * 16)
-                                      : (void *)((float *)out + r * out_stride + n * COLUMNS);
-            switch (least(rows - r, MOST_ROWS)) {
+        char *column = (char *)out + n * (how == GATE ? 16 * sizeof(element) : COLUMNS * sizeof(float));
+        const size_t width = (size_t)out_stride * (how == GATE ? sizeof(element) : sizeof(float));
+#define TILE_AT(r, R, asks)                                                                                         \
+    tile(a + (r) * a_stride, rest ? rest + (r) * a_stride : 0, a_stride, panel, pairs, own, how, asks,              \
+         column + (r) * width, out_stride, R)
+        long r = 0;
+        if (rows >= MOST_ROWS) TILE_AT(0, MOST_ROWS, 1);
+        if (rows >= MOST_ROWS) r = MOST_ROWS;
+        for (; r + MOST_ROWS <= rows; r += MOST_ROWS) TILE_AT(r, MOST_ROWS, 0);
+        switch (rows - r) {
 #define CASE(R) \
-    case R: tile(some, more, a_stride, panel, pairs, own, how, place, out_stride, R); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+    case R: TILE_AT(r, R, 1); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
 #undef CASE
-            default: break;
-            }
+#undef TILE_AT
+        default: break;
         }
     }
 }
