@@ -118,7 +118,8 @@ class SqlResult:
         facts = {} if name is None else {"database": name}
         rows = "SELECT 1 AS a, 'x' AS b UNION ALL SELECT 2, 'y' UNION ALL SELECT 2, 'y'"
         bag = Task(id="rows", prompt="Some rows.", answer=rows, facts=facts)
-        listed = Task(id="order", prompt="In order.", answer=f"SELECT a FROM ({rows}) AS t ORDER BY a DESC", facts=facts)
+        falling = f"SELECT a FROM ({rows}) AS t ORDER BY a DESC"
+        listed = Task(id="order", prompt="In order.", answer=falling, facts=facts)
         third = Task(id="float", prompt="A third?", answer="SELECT 1.0 / 3", facts=facts)
         free = self._ordered is not True
         swapped = "SELECT 'x', 1 UNION ALL SELECT 'y', 2 UNION ALL SELECT 'y', 2"
