@@ -121,7 +121,7 @@ class CompiledDecoder:
             torch.empty(rows, config.width),
             torch.empty(rows, floats),
             torch.empty(rows, halves, dtype=torch.bfloat16),
-            torch.empty(rows, 2 * config.width, dtype=torch.bfloat16),
+            torch.empty(rows, config.width, dtype=torch.bfloat16),
         )
         assert model.rope is not None, "a decoder that fits has rotary positions"
         rotation = model.rope.rotation(torch.arange(max_length)[None], torch.float32)

@@ -2,8 +2,8 @@
  *
  * For RMSNorm-before, rotary, gated-SiLU decoders with bf16 weights (Llama, Mistral, Qwen2, Qwen3). The residual
  * stream, norms, rotary positions, softmax and the MLP's gate are fp32; matrix products take bf16 and add up in fp32;
- * keys and values are kept in bf16. The output head multiplies the fp32 state as a sum of two bf16 numbers, which is
- * exact to 2^-16, so that logits are not rounded to bf16.
+ * keys and values are kept in bf16. Logits are fp32 sums of the bf16 products of the rounded last state, as the
+ * trainer's are.
  *
  * A row is a token; rows of one sequence follow one another, so that a later one finds the keys of those before it in the
  * cache. Sequences are independent: with many of them each thread takes some through all layers and meets nobody, TILE
@@ -202,8 +202,8 @@ static inline void share(long n, long parts, long part, long *from, long *to) {
     *to = n * (part + 1) / parts;
 }
 
-/* One output's token, its chunks noted; `high` and `rest` are its state. */
-static void draw_one(const model_shape *m, const call *c, long o, const element *high, const element *rest, float *z) {
+/* One output's token, its chunks noted. */
+static void draw_one(const model_shape *m, const call *c, long o, const element *state, float *z) {
     const draws *d = c->draw;
     const choice found = choose_chunk(d, o);
     const float *logits = c->kept[o] < 0 ? 0 : c->logits + c->kept[o] * c->logits_stride;
@@ -222,27 +222,26 @@ static void draw_one(const model_shape *m, const call *c, long o, const element 
     const long start = found.chunk * SPAN, num = least(SPAN, (long)m->vocab - start), D = (long)m->width;
     const float *here = logits ? logits + start : z;
     if (!logits)
-        product_exact(high, rest, D, m->head + start * D, D, z, SPAN, 1, 0, padded(num) / COLUMNS);
+        product(state, D, m->head + start * D, D, 0, z, SPAN, 1, 0, padded(num) / COLUMNS);
     const long token = choose_token(d, o, &found, here, num);
     write_down(d, o, &found, start + token, here[token]);
 }
 
 /* Logits of `wanted` outputs from `output` on, whose states are in `mine`; or what is drawn from them. */
-static void run_head(const model_shape *m, const call *c, const element *mine, const element *rest, long wanted,
-                     long output, long parts, long part) {
+static void run_head(const model_shape *m, const call *c, const element *mine, long wanted, long output, long parts,
+                     long part) {
     const long D = m->width, panels = padded(m->vocab) / COLUMNS;
     float z[TILE * SPAN] __attribute__((aligned(64)));
     long from, to;
     if (!c->draw) {
         share(panels, parts, part, &from, &to);
-        product_exact(mine, rest, D, m->head, D, c->logits + output * c->logits_stride, c->logits_stride, wanted, from,
-                      to);
+        product(mine, D, m->head, D, 0, c->logits + output * c->logits_stride, c->logits_stride, wanted, from, to);
         return;
     }
     share((long)c->draw->num_chunks, parts, part, &from, &to);
     for (long chunk = from; chunk < to; chunk++) {
         const long start = chunk * SPAN, num = least(SPAN, (long)m->vocab - start);
-        product_exact(mine, rest, D, m->head + start * D, D, z, SPAN, wanted, 0, padded(num) / COLUMNS);
+        product(mine, D, m->head + start * D, D, 0, z, SPAN, wanted, 0, padded(num) / COLUMNS);
         for (long r = 0; r < wanted; r++) {
             const int64_t row = c->kept[output + r];
             note_chunk(c->draw, output + r, chunk, z + r * SPAN, num);
@@ -253,7 +252,7 @@ static void run_head(const model_shape *m, const call *c, const element *mine, c
 #pragma omp barrier
     }
     share(wanted, parts, part, &from, &to);
-    for (long r = from; r < to; r++) draw_one(m, c, output + r, mine + r * D, rest + r * D, z);
+    for (long r = from; r < to; r++) draw_one(m, c, output + r, mine + r * D, z);
 }
 
 /* Some consecutive rows, TILE at most. `parts` threads do it together, or 1, whose own they are. */
@@ -278,7 +277,7 @@ static void run(const model_shape *m, const layer_weights *layers, const call *c
     WAIT()
     for (long l = 0; l < m->layers; l++) {
         const layer_weights *w = layers + l;
-        for (long r = 0; r < rows; r++) norm(x + r * D, w->attention_norm, D, eps, mine + r * D, 0);
+        for (long r = 0; r < rows; r++) norm(x + r * D, w->attention_norm, D, eps, mine + r * D);
         CLOCK(NORMS)
         share(padded(A) / COLUMNS, parts, part, &from, &to);
         product(mine, D, w->qkv, D, w->qkv_bias, s, S, rows, from, to);
@@ -292,7 +291,7 @@ static void run(const model_shape *m, const layer_weights *layers, const call *c
         product_added(halves, B, w->out, O, w->out_bias, x, D, rows, from, to);
         CLOCK(PRODUCTS)
         WAIT()
-        for (long r = 0; r < rows; r++) norm(x + r * D, w->mlp_norm, D, eps, mine + r * D, 0);
+        for (long r = 0; r < rows; r++) norm(x + r * D, w->mlp_norm, D, eps, mine + r * D);
         CLOCK(NORMS)
         share((M + 15) / 16, parts, part, &from, &to);
         product_gated(mine, D, w->up, D, w->up_bias, halves, B, rows, from, to);
@@ -304,14 +303,13 @@ static void run(const model_shape *m, const layer_weights *layers, const call *c
         WAIT()
     }
     /* Rows that are to give an output stand in order, and so do their outputs. */
-    element *rest = mine + rows * D;
     for (long r = 0; r < rows; r++) {
         if (c->outputs && c->outputs[base + r] < 0) continue;
         if (output < 0) output = c->outputs ? (long)c->outputs[base + r] : base + r;
-        norm(x + r * D, m->final_norm, D, eps, mine + wanted * D, rest + wanted * D);
+        norm(x + r * D, m->final_norm, D, eps, mine + wanted * D);
         wanted++;
     }
-    if (wanted) run_head(m, c, mine, rest, wanted, output, parts, part);
+    if (wanted) run_head(m, c, mine, wanted, output, parts, part);
     CLOCK(HEAD)
     WAIT()
 #undef WAIT
@@ -321,7 +319,7 @@ static inline long begins(const call *c, long sequence) {
     return c->sequences ? (long)c->sequences[sequence] : sequence;
 }
 
-/* Scratch for each thread, TILE rows of: x D floats, s scratch_floats floats, halves scratch_halves elements, mine 2 D
+/* Scratch for each thread, TILE rows of: x D floats, s scratch_floats floats, halves scratch_halves elements, mine D
  * elements. Rows of logits have room for the vocabulary padded to 32. Returns 0, or 1 if the shape is not for this
  * kernel, with nothing done. */
 int decode_step(const model_shape *m, const layer_weights *layers, const call *c, float *x, float *s, element *halves,
@@ -340,7 +338,7 @@ int decode_step(const model_shape *m, const layer_weights *layers, const call *c
         const int together = parts > 1 && c->num_sequences < FEW * parts;
         const long block = together ? 0 : part;
         float *my_x = x + block * TILE * D, *my_s = s + block * TILE * m->scratch_floats;
-        element *my_halves = halves + block * TILE * m->scratch_halves, *my_own = mine + part * 2 * TILE * D;
+        element *my_halves = halves + block * TILE * m->scratch_halves, *my_own = mine + part * TILE * D;
         long from = 0, to = (long)c->num_rows;
         if (!together) {
             /* Whole sequences, about as many rows for each thread. */
@@ -372,7 +370,7 @@ void draw_rows(const model_shape *m, const draws *d, const float *const *rows, l
         c.kept = kept, c.draw = &one, c.logits = (float *)rows[o];
         for (long chunk = 0; chunk < d->num_chunks; chunk++)
             note_chunk(&one, 0, chunk, rows[o] + chunk * SPAN, least(SPAN, (long)m->vocab - chunk * SPAN));
-        draw_one(m, &c, 0, 0, 0, 0);
+        draw_one(m, &c, 0, 0, 0);
     }
 }
 

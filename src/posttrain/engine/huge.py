@@ -5,6 +5,7 @@ With pages of 4 kB the processor looks up a new address for every 64 cache lines
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -42,8 +43,6 @@ class Arena:
 
 def _pages(size: int) -> mmap.mmap:
     pages = mmap.mmap(-1, size)
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them: small pages do
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them: small pages do
-        pass
     return pages

@@ -48,30 +48,28 @@ static inline __m512 silu16(__m512 x) {
     return _mm512_mul_ps(_mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e)), x);
 }
 
-/* out[R x 32] = a[R x 2 pairs] times one packed panel; `rest`, if given, is added to a: what its bf16 left over. If
- * it `asks`, the next panel is on its way from memory meanwhile; asking past the end is no access. */
-static inline __attribute__((always_inline)) void tile(const element *a, const element *rest, long a_stride,
-                                                       const element *panel, long pairs, const float *bias,
-                                                       const int how, const int asks, void *out, long out_stride,
-                                                       const int R) {
+/* out[R x 32] = a[R x 2 pairs] times one packed panel. If it `asks`, the next panel is on its way from memory meanwhile;
+ * asking past the end is no access. */
+static inline __attribute__((always_inline)) void tile(const element *a, long a_stride, const element *panel,
+                                                       long pairs, const float *bias, const int how, const int asks,
+                                                       void *out, long out_stride, const int R) {
     __m512 left[MOST_ROWS], right[MOST_ROWS];
     for (int r = 0; r < R; r++) left[r] = right[r] = _mm512_setzero_ps();
-    for (const element *from = a; from; from = from == a ? rest : 0)
-        for (long p = 0; p < pairs; p++) {
-            const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + p * 64);
-            const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + p * 64 + 32);
-            if (asks) {
-                _mm_prefetch((const char *)(panel + (pairs + p) * 64), _MM_HINT_T1);
-                _mm_prefetch((const char *)(panel + (pairs + p) * 64 + 32), _MM_HINT_T1);
-            }
-            for (int r = 0; r < R; r++) {
-                int32_t two;
-                memcpy(&two, from + r * a_stride + 2 * p, sizeof two);
-                const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
-                left[r] = _mm512_dpbf16_ps(left[r], both, b0);
-                right[r] = _mm512_dpbf16_ps(right[r], both, b1);
-            }
+    for (long p = 0; p < pairs; p++) {
+        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + p * 64);
+        const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + p * 64 + 32);
+        if (asks) {
+            _mm_prefetch((const char *)(panel + (pairs + p) * 64), _MM_HINT_T1);
+            _mm_prefetch((const char *)(panel + (pairs + p) * 64 + 32), _MM_HINT_T1);
         }
+        for (int r = 0; r < R; r++) {
+            int32_t two;
+            memcpy(&two, a + r * a_stride + 2 * p, sizeof two);
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(two);
+            left[r] = _mm512_dpbf16_ps(left[r], both, b0);
+            right[r] = _mm512_dpbf16_ps(right[r], both, b1);
+        }
+    }
     for (int r = 0; r < R; r++) {
         if (bias) {
             left[r] = _mm512_add_ps(left[r], _mm512_loadu_ps(bias));
@@ -91,21 +89,19 @@ static inline __attribute__((always_inline)) void tile(const element *a, const e
     }
 }
 
-/* a[rows x inner], with `rest` beside it or not, times the panels [from, to) of W^T, into their columns of `out`: of 32
- * floats each, or of GATE 16 elements. `inner` is even. */
-static inline __attribute__((always_inline)) void multiply(const element *a, const element *rest, long a_stride,
-                                                           const element *packed, long inner, const float *bias,
-                                                           const int how, void *out, long out_stride, long rows,
-                                                           long from, long to) {
+/* a[rows x inner] times the panels [from, to) of W^T, into their columns of `out`: of 32 floats each, or of GATE 16
+ * elements. `inner` is even. */
+static inline __attribute__((always_inline)) void multiply(const element *a, long a_stride, const element *packed,
+                                                           long inner, const float *bias, const int how, void *out,
+                                                           long out_stride, long rows, long from, long to) {
     const long pairs = inner / 2;
     for (long n = from; n < to; n++) {
         const element *panel = packed + n * pairs * 64;
         const float *own = bias ? bias + n * COLUMNS : 0;
         char *column = (char *)out + n * (how == GATE ? 16 * sizeof(element) : COLUMNS * sizeof(float));
         const size_t width = (size_t)out_stride * (how == GATE ? sizeof(element) : sizeof(float));
-#define TILE_AT(r, R, asks)                                                                                         \
-    tile(a + (r) * a_stride, rest ? rest + (r) * a_stride : 0, a_stride, panel, pairs, own, how, asks,              \
-         column + (r) * width, out_stride, R)
+#define TILE_AT(r, R, asks) \
+    tile(a + (r) * a_stride, a_stride, panel, pairs, own, how, asks, column + (r) * width, out_stride, R)
         long r = 0;
         if (rows >= MOST_ROWS) TILE_AT(0, MOST_ROWS, 1);
         if (rows >= MOST_ROWS) r = MOST_ROWS;
@@ -124,25 +120,19 @@ static inline __attribute__((always_inline)) void multiply(const element *a, con
 static __attribute__((noinline)) void product(const element *a, long a_stride, const element *packed, long inner,
                                               const float *bias, float *out, long out_stride, long rows, long from,
                                               long to) {
-    multiply(a, 0, a_stride, packed, inner, bias, STORE, out, out_stride, rows, from, to);
+    multiply(a, a_stride, packed, inner, bias, STORE, out, out_stride, rows, from, to);
 }
 
 static __attribute__((noinline)) void product_added(const element *a, long a_stride, const element *packed, long inner,
                                                     const float *bias, float *out, long out_stride, long rows,
                                                     long from, long to) {
-    multiply(a, 0, a_stride, packed, inner, bias, ADD, out, out_stride, rows, from, to);
+    multiply(a, a_stride, packed, inner, bias, ADD, out, out_stride, rows, from, to);
 }
 
 static __attribute__((noinline)) void product_gated(const element *a, long a_stride, const element *packed, long inner,
                                                     const float *bias, element *out, long out_stride, long rows,
                                                     long from, long to) {
-    multiply(a, 0, a_stride, packed, inner, bias, GATE, out, out_stride, rows, from, to);
-}
-
-static __attribute__((noinline)) void product_exact(const element *a, const element *rest, long a_stride,
-                                                    const element *packed, long inner, float *out, long out_stride,
-                                                    long rows, long from, long to) {
-    multiply(a, rest, a_stride, packed, inner, 0, STORE, out, out_stride, rows, from, to);
+    multiply(a, a_stride, packed, inner, bias, GATE, out, out_stride, rows, from, to);
 }
 
 /* 1 / sqrt(mean square + eps) of n numbers. */
@@ -155,13 +145,9 @@ static inline float inverse_size(const float *x, long n, float eps) {
     return 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)n + eps);
 }
 
-/* RMSNorm of n numbers, a multiple of 32, to bf16; into `rest`, if given, what that leaves over, as bf16. */
-static inline void norm(const float *x, const float *weight, long n, float eps, element *out, element *rest) {
+/* RMSNorm of n numbers, a multiple of 32, to bf16. */
+static inline void norm(const float *x, const float *weight, long n, float eps, element *out) {
     const __m512 scale = _mm512_set1_ps(inverse_size(x, n, eps));
-    for (long i = 0; i < n; i += 16) {
-        const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i));
-        const __m256i high = narrow16(y);
-        _mm256_storeu_si256((__m256i *)(out + i), high);
-        if (rest) store16(rest + i, _mm512_sub_ps(y, widen16(high)));
-    }
+    for (long i = 0; i < n; i += 16)
+        store16(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i)));
 }
