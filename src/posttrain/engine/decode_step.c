@@ -43,7 +43,7 @@ typedef struct {
 
 int decode_step_supported(void) { return 1; }
 
-enum { TILE = 128, FEW = 8, AHEAD = 4 };
+enum { TILE = 128, AHEAD = 4, CACHED = 16 << 20 /* bytes of weights that stay in a shared cache */ };
 
 int decode_step_tile(void) { return TILE; }
 
@@ -319,6 +319,15 @@ static inline long begins(const call *c, long sequence) {
     return c->sequences ? (long)c->sequences[sequence] : sequence;
 }
 
+/* Whether the threads do all rows together. Prompts: if there are too few to share out. Single tokens: if their products
+ * are fewer than what it takes to read the weights from memory, which is then read once instead of by each thread. */
+static inline int is_shared_work(const model_shape *m, const call *c, long parts) {
+    const long A = (m->heads + 2 * m->kv_heads) * m->head_dim, O = m->heads * m->head_dim;
+    const long numbers = m->layers * m->width * (A + O + 3 * m->mlp) + m->vocab * m->width;
+    const long few = c->sequences ? 4 : numbers * (long)sizeof(element) > CACHED ? 20 : 1;
+    return parts > 1 && c->num_sequences < few * parts;
+}
+
 /* Scratch for each thread, TILE rows of: x D floats, s scratch_floats floats, halves scratch_halves elements, mine D
  * elements. Rows of logits have room for the vocabulary padded to 32. Returns 0, or 1 if the shape is not for this
  * kernel, with nothing done. */
@@ -335,7 +344,7 @@ int decode_step(const model_shape *m, const layer_weights *layers, const call *c
 #else
         const long part = 0, parts = 1;
 #endif
-        const int together = parts > 1 && c->num_sequences < FEW * parts;
+        const int together = is_shared_work(m, c, parts);
         const long block = together ? 0 : part;
         float *my_x = x + block * TILE * D, *my_s = s + block * TILE * m->scratch_floats;
         element *my_halves = halves + block * TILE * m->scratch_halves, *my_own = mine + part * TILE * D;

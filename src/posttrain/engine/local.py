@@ -111,6 +111,7 @@ class LocalEngine:
             max_length=longest,
             prefill_tokens=prefill_tokens,
             prefix_tokens=prefix_tokens,
+            shared=not self._copies,
         )
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()

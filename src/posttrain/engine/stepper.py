@@ -36,9 +36,11 @@ class Stepper:
         max_length: int,
         prefill_tokens: int,
         prefix_tokens: int,
+        shared: bool = True,
     ) -> None:
         config, weight = model.config, next(model.parameters())
         self.model, self.tokenizer = model, tokenizer
+        self._shared = shared  # somebody else may change the weights between two steps
         self.version = 0
         self.waiting: deque[Generation] = deque()
         self.ready: deque[ReadPrompt] = deque()  # prompts read, siblings still to start
@@ -121,7 +123,8 @@ class Stepper:
     def step(self) -> None:
         """Admit what fits, then sample one token for every running row."""
         self.num_steps += 1
-        self.decoding.refresh(self.model)
+        if self._shared:
+            self.decoding.refresh(self.model)
         if self._may_expire:
             self._expire()
         self._start_ready()
@@ -228,25 +231,28 @@ class Stepper:
 
     def _write(self, slots: Slots, drawn: Drawn) -> None:
         """Write down a token per slot, finish the rows that end."""
-        table, tokens = self.rows.table, drawn.tokens_N
-        places = table["generated"][slots]
-        self.rows.tokens_SM[slots, places] = tokens
-        self.rows.logprobs_SM[slots, places] = drawn.logprobs_N
-        self.rows.policy_logprobs_SM[slots, places] = drawn.policy_logprobs_N
-        table["generated"][slots] = places + 1
-        table["last"][slots] = tokens
-        table["last_version"][slots] = self.version
+        rows, tokens = self.rows, drawn.tokens_N
+        table = rows.table[slots]
+        places = table["generated"]
+        flat = slots * rows.tokens_SM.shape[1] + places
+        rows.tokens_SM.put(flat, tokens)
+        rows.logprobs_SM.put(flat, drawn.logprobs_N)
+        rows.policy_logprobs_SM.put(flat, drawn.policy_logprobs_N)
+        ended = self._is_eos[tokens] & (table["ignore_eos"] == 0)
+        full = places + 1 >= table["max_tokens"]
+        look = ended | full | (table["watched"] != 0) | ~drawn.valid_N
+        places += 1
+        table["last"], table["last_version"] = tokens, self.version
+        rows.table[slots] = table
         self.num_generated_tokens += len(slots)
-        ended = self._is_eos[tokens] & (table["ignore_eos"][slots] == 0)
-        full = places + 1 >= table["max_tokens"][slots]
-        for place in np.nonzero(ended | full | ~drawn.valid_N | (table["watched"][slots] != 0))[0].tolist():
+        for place in np.flatnonzero(look).tolist():
             slot = int(slots[place])
             if not drawn.valid_N[place]:
                 self._fail(slot)
                 continue
             row = self.rows.rows[slot]
             assert row is not None
-            if drawn.tops is not None and (most := int(table["num_top"][slot])):
+            if drawn.tops is not None and (most := int(table["num_top"][place])):
                 row.top_logprobs.append(dict(drawn.tops[place][:most]))
             self._look(slot, row, int(tokens[place]), ended=bool(ended[place]), full=bool(full[place]))
 
