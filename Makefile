@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: quickstart test check fast-test format lint types contracts bench bench-quick methods docs lock clean
+.PHONY: quickstart test check fast-test format lint types contracts bench bench-quick methods postgres sandbox docs lock clean
 
 # The stamp is newer than what it was installed from, or pip runs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -52,6 +52,14 @@ bench-quick: $(VENV)/.installed-dev
 # Every method from one start on one small world; a quarter of an hour.
 methods: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/methods.py
+
+# A PostgreSQL server of the project's own on a Unix socket (`scripts/postgres.sh stop` ends it); see docs/howto_postgresql.md.
+postgres:
+	scripts/postgres.sh start
+
+# A thousand hostile programs, the graders' exploits, honest solutions, and how many sandboxes a second there are.
+sandbox: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/sandbox.py
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/build_reference.py
