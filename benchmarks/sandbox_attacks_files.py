@@ -8,6 +8,7 @@ FILES = r"""
 #: how=open|os|fileio|path|mmap|list|walk|codecs|linecache|loader|libc|sqlite|copy|stat|archive
 import os, io, sys
 path, how = '@path@', '@how@'
+def strangers(folder): return [n for n in os.listdir(folder) if n not in os.__file__.split('/') + 'usr lib lib64 dev tmp null zero urandom'.split()] or 1 / 0
 def read():
     if how == 'open': return open(path, 'rb').read(500)
     if how == 'os': return os.read(os.open(path, os.O_RDONLY | os.O_NONBLOCK), 500)
@@ -16,8 +17,8 @@ def read():
         import pathlib; return pathlib.Path(path).read_bytes()[:500]
     if how == 'mmap':
         import mmap; return mmap.mmap(os.open(path, os.O_RDONLY), 100, prot=mmap.PROT_READ)[:]
-    if how == 'list': return os.listdir(path)
-    if how == 'walk': return [names for names in os.walk(os.path.dirname(path)) if names[2]][0]
+    if how == 'list': return strangers(path)
+    if how == 'walk': return strangers(os.path.dirname(path))
     if how == 'codecs':
         import codecs; return codecs.open(path, encoding='latin-1').read(500)
     if how == 'linecache':
@@ -42,7 +43,8 @@ print('REACHED', read())
 #: rest=@canary@|/etc/passwd|/root
 import os
 path = '../' * @depth@ + '@rest@'
-print('REACHED', os.listdir(path) if os.path.isdir(path) else open(path).read(200))
+own = os.__file__.split('/') + 'usr lib lib64 dev tmp'.split()
+print('REACHED', [n for n in os.listdir(path) if n not in own] or 1 / 0 if os.path.isdir(path) else open(path).read(200))
 
 ## files/open_folders
 import os
@@ -123,7 +125,8 @@ if libc.syscall(@call@) >= 0: print('REACHED')
 #: target=@canary@|/etc/passwd|/proc/1/root|/root|../../../..@canary@
 import os
 os.symlink('@target@', 'link')
-print('REACHED', os.listdir('link') if os.path.isdir('link') else open('link').read(100))
+own = os.__file__.split('/')
+print('REACHED', [n for n in os.listdir('link') if n not in own] or 1 / 0 if os.path.isdir('link') else open('link').read(100))
 
 ## links/write_through
 #: target=@canary@|/lib/evil|@stdlib@/os.py

@@ -123,8 +123,9 @@ def test_weighted_is_as_wide_as_its_narrowest_part() -> None:
 
 def test_a_score_that_is_no_number_stays_visible(grade_text: GradeText) -> None:
     grade = grade_text(Weighted([(Function(lambda trajectory: math.nan, "n"), 1.0)]), "x")
-    assert grade.score is not None
-    assert math.isnan(grade.score)  # grade_all turns it into an error
+    assert grade.score is None
+    assert grade.error == "n: its score is nan"
+    assert grade.parts == {"n/failed": 1.0, "n/invalid": 1.0}
 
 
 def test_weights_order_is_kept() -> None:

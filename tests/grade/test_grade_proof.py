@@ -27,9 +27,9 @@ def test_every_grader_of_the_room_is_in_the_registry() -> None:
         value for value in vars(grade).values() if isinstance(value, type) and callable(getattr(value, "grade", None))
     }
     there = {type(grader) for grader in all_graders()}
-    # What this machine may lack: an extra, or a kernel that gives a sandbox. A reward model needs a model first.
+    # What this machine may lack: an extra, or a kernel that gives a sandbox. What watches a grader is none itself.
     lacking = {grade.Maths, grade.JsonSchema, grade.UnitTests, grade.InputOutput, grade.HttpReward}
-    assert classes - there <= lacking | {grade.RewardModel, grade.Prefers}
+    assert classes - there <= lacking | {grade.WatchedGrader}
     assert there <= classes
     assert len(classes) >= 20
 

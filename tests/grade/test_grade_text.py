@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
 from posttrain.core import ConfigError, Grade, GradeError, StopReason, Task, Trajectory
 from posttrain.grade import Exact, Length, Regex, accepted_answers, answer_text, normalised, trajectory_from_text
+from posttrain.grade.regex_worker import exponent
 
 GradeText = Callable[..., Grade]
 
@@ -106,3 +108,28 @@ def test_length_in_tokens_counts_what_the_policy_wrote(grade_text: GradeText) ->
 def test_length_refuses_contradictions(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         Length(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("abc", 1), ("a*b", 2), (r"<answer>(.*?)</answer>", 2), (r"\s*(\w+)\s*", 4), ("(a|b)c{2,5}", 1), ("(?=a+)b", 2),
+        ("(a+)+$", None), ("(a|a)*b", None), (r"(\s*\w+)*:", None), (r"(a)\1", None), ("((ab)?c+)*", None),
+    ],
+)  # fmt: skip
+def test_how_the_time_of_a_search_grows(pattern: str, found: int | None) -> None:
+    assert exponent(pattern, 0) == found
+
+
+def test_a_pattern_that_hangs_is_an_error_in_time(grade_text: GradeText) -> None:
+    hostile = "a" * 60 + "b"
+    nested = Regex("^(a+)+$", timeout_s=0.5)
+    started_s = time.monotonic()
+    with pytest.raises(GradeError, match=r"on 61 characters: the worker process gave no answer within 0\.5 s"):
+        grade_text(nested, hostile)
+    assert time.monotonic() - started_s < 60  # the start of a process on a busy machine
+    assert grade_text(nested, "aaa").score == 1.0
+    assert grade_text(nested, "aab").score == 0.0
+    caught = Regex(r"(?:\s*\w+)*=(\d+)", group=1)
+    assert grade_text(caught, "x = 3, so y=4", answer="4").score == 1.0
+    assert grade_text(caught, "x = 3, so y=4", answer="3").score == 0.0

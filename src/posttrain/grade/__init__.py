@@ -36,7 +36,7 @@ from posttrain.grade.judge_prompt import Shot
 from posttrain.grade.maths import Maths
 from posttrain.grade.multiple_choice import MultipleChoice, choice_task, chosen_option
 from posttrain.grade.number import Number, boxed, numbers_in
-from posttrain.grade.overlap import Graded, grade_while
+from posttrain.grade.overlap import Graded, grade_while, waits
 from posttrain.grade.pairwise import PairVerdict, PairwiseJudge
 from posttrain.grade.panel import Panel
 from posttrain.grade.people import HumanGrade, HumanGrades, People
@@ -138,10 +138,10 @@ __all__ = [
     "SqlResult",
     "SqliteDatabase",
     "StructuredChat",
+    "TellsRun",
     "TemplateJudge",
     "Threshold",
     "ToolCalls",
-    "TellsRun",
     "Tools",
     "UnitTests",
     "UrlGuard",
@@ -198,6 +198,7 @@ __all__ = [
     "step_signs",
     "tool_calls_in",
     "trajectory_from_text",
+    "waits",
     "word_f1",
     "write_rubric",
     "wrong",

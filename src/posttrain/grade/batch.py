@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 
 from posttrain.core import ConfigError, Grade, GradeError, Grader, Trajectory
+from posttrain.grade.combine import TIMED_OUT, UNDER_WAY, checked
 
 ROLLOUT_FAILED = "rollout failed: "
 UNGRADED = "ungraded: "  # nobody has graded it yet: no failure of the grader
@@ -63,8 +63,16 @@ class GradingLimits:
                 await grader.prepare()
             except Exception as error:  # noqa: BLE001  a grader that cannot start fails every grade, as data
                 reason = f"could not be prepared: {type(error).__name__}: {error}"
-                return [_rollout_failure(grader, t) or _failure(grader, reason) for t in trajectories]
-        return list(await asyncio.gather(*(self._one(trajectory) for trajectory in trajectories)))
+                return self._told(
+                    trajectories, [_rollout_failure(grader, t) or _failure(grader, reason) for t in trajectories]
+                )
+        return self._told(trajectories, await asyncio.gather(*(self._one(trajectory) for trajectory in trajectories)))
+
+    def _told(self, trajectories: Sequence[Trajectory], grades: Sequence[Grade]) -> list[Grade]:
+        """Show them to a grader that watches what it gives (`WatchedGrader`)."""
+        if hasattr(self.grader, "gave"):
+            self.grader.gave(trajectories, grades)
+        return list(grades)
 
     async def _one(self, trajectory: Trajectory) -> Grade:
         failure = _rollout_failure(self.grader, trajectory)
@@ -102,7 +110,10 @@ def check_failures(grades: Sequence[Grade], max_failed: float = 0.05, *, min_fai
 
 async def _grade_one(grader: Grader, trajectory: Trajectory, deadline_s: float) -> Grade:
     started_s = time.perf_counter()
-    work = asyncio.ensure_future(_call(grader, trajectory))
+    under_way: list[str] = []
+    token = UNDER_WAY.set(under_way)
+    work = asyncio.ensure_future(_call(grader, trajectory))  # which takes a copy of the context
+    UNDER_WAY.reset(token)
     # asyncio.wait, not wait_for: a grader that ignores its cancellation must not hold up the others.
     try:
         await asyncio.wait({work}, timeout=deadline_s)
@@ -111,31 +122,22 @@ async def _grade_one(grader: Grader, trajectory: Trajectory, deadline_s: float) 
             work.cancel()
     seconds = time.perf_counter() - started_s
     if not work.done():
-        return _failure(grader, f"no grade within {deadline_s:g} s", seconds)
+        late = sorted(set(under_way))
+        error = f"{TIMED_OUT}{deadline_s:g} s" + (f" (waited for {', '.join(late)})" if late else "")
+        parts = {f"{name}/{what}": 1.0 for name in late for what in ("failed", "timed_out")}
+        return _failure(grader, error, seconds).replace(parts=parts)
     if work.cancelled():
         return _failure(grader, "the grader cancelled itself", seconds)
-    error = work.exception()
-    if error is not None:
-        return _failure(grader, f"{type(error).__name__}: {error}", seconds)
-    return _checked(grader, work.result(), seconds)
+    raised = work.exception()
+    if raised is not None:
+        return _failure(grader, f"{type(raised).__name__}: {raised}", seconds)
+    grade = checked(grader, work.result())
+    return grade.replace(seconds=grade.seconds or seconds)
 
 
 async def _call(grader: Grader, trajectory: Trajectory) -> object:
     grade = grader.grade(trajectory)
     return await grade if inspect.isawaitable(grade) else grade
-
-
-def _checked(grader: Grader, grade: object, seconds: float) -> Grade:
-    if not isinstance(grade, Grade):
-        return _failure(grader, f"returned {type(grade).__name__}, not a Grade", seconds)
-    if grade.score is None:
-        return grade.replace(seconds=grade.seconds or seconds)
-    if not math.isfinite(grade.score):
-        return _failure(grader, f"its score is {grade.score}", seconds)
-    for part, value in grade.parts.items():
-        if not math.isfinite(value):
-            return _failure(grader, f"its part {part!r} is {value}", seconds)
-    return grade.replace(seconds=grade.seconds or seconds)
 
 
 def _rollout_failure(grader: Grader, trajectory: Trajectory) -> Grade | None:

@@ -17,12 +17,13 @@ from typing import Any
 from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Task, Trajectory
 from posttrain.grade.answer import answer_text, right, wrong
 from posttrain.grade.combine import in_daemon_thread
-from posttrain.grade.sandbox import JudgedTests, Sandbox
+from posttrain.grade.sandbox import JudgedTests, Sandbox, SandboxLimits
 from posttrain.grade.sandbox_protocol import RunsPrograms
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _PYTHON = frozenset(("", "py", "python", "python3"))
 _MAX_RATIONALE = 300
+_MANY = 10  # programs, one for each input, that one grade has time for even if each uses up its own
 
 
 def code_in(text: str) -> str:
@@ -62,6 +63,8 @@ class UnitTests:
         self.name = name
         self.sandbox: RunsPrograms = sandbox or Sandbox()
         self.max_concurrency = max(1, os.cpu_count() or 1)
+        self.deadline_s = _patience_s(self.sandbox)
+        self.waits = bool(getattr(self.sandbox, "waits", False))
         self._partial = partial
         self._extract = extract or code_in
 
@@ -152,6 +155,8 @@ class InputOutput:
         self.name = name
         self.sandbox: RunsPrograms = sandbox or Sandbox()
         self.max_concurrency = max(1, os.cpu_count() or 1)
+        self.deadline_s = _MANY * _patience_s(self.sandbox)
+        self.waits = bool(getattr(self.sandbox, "waits", False))
         self._partial = partial
         self._tolerance = tolerance
         self._extract = extract or code_in
@@ -260,6 +265,12 @@ def mbpp_task(row: Mapping[str, Any], *, challenge: bool = False) -> Task:
     facts = {"tests": tests, "setup": "\n".join([*imports, row["test_setup_code"]]), "names": names}
     prompt = f"{row['text']} Your code should pass these tests:\n\n" + "\n".join(shown)
     return Task(id=f"mbpp/{row['task_id']}", prompt=prompt, facts=facts)
+
+
+def _patience_s(sandbox: RunsPrograms) -> float:
+    """Seconds for one program: more than the sandbox gives it, so that one which hangs scores 0 and is no error."""
+    limits: SandboxLimits | None = getattr(sandbox, "limits", None)
+    return 70.0 + 4 * (limits.wall_s if limits is not None else 60.0)
 
 
 def _texts(task: Task, field: str, *, needed: bool = True) -> list[str]:

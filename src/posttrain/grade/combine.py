@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Grader, Trajectory
 
 Verdict = float | Grade
+TIMED_OUT = "no grade within "  # how the error of a grade begins that did not come in time
+INVALID = ("its score is ", "its part ", "returned ")  # and of one that is no grade
+UNDER_WAY: ContextVar[list[str] | None] = ContextVar("under_way", default=None)  # names of the parts of a grade
+_SLACK = 1e-6  # of a score's range, for what is rounded
 
 
 class Function:
@@ -25,6 +31,7 @@ class Function:
         fn: `(trajectory) -> float | bool | Grade`.
         name: the grader's name; the function's name if not given.
         cases: gold answers and near misses by which this instance proves itself.
+        score_range: lowest and highest score; one outside of them is an error.
     """
 
     def __init__(
@@ -33,11 +40,14 @@ class Function:
         name: str | None = None,
         *,
         cases: Sequence[GradeCase] = (),
+        score_range: tuple[float, float] | None = None,
     ) -> None:
         self.name = name or getattr(fn, "__name__", "function").strip("<>")
+        self.score_range = score_range
         self._fn = fn
         self._cases = tuple(cases)
         self._asynchronous = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
+        self.waits = self._asynchronous
 
     async def grade(self, trajectory: Trajectory) -> Grade:
         """Call the function; what it raises is raised here."""
@@ -122,7 +132,7 @@ class Weighted:
             parts.update({f"{grader.name}/{part}": value for part, value in grade.parts.items()})
             if grade.score is None:
                 errors.append(f"{grader.name}: {grade.error}")
-                parts[f"{grader.name}/failed"] = 1.0
+                parts |= failure_parts(grade)
             else:
                 parts[grader.name] = grade.score
                 total += weight * grade.score
@@ -142,12 +152,48 @@ class Weighted:
         return self._cases
 
 
+def failure_parts(grade: Grade) -> dict[str, float]:
+    """Of a part's grade that failed: `<grader>/failed`, and `/timed_out` or `/invalid` where it was that."""
+    error = grade.error or ""
+    kinds = {"failed": True, "timed_out": error.startswith(TIMED_OUT), "invalid": error.startswith(INVALID)}
+    return {f"{grade.grader}/{kind}": 1.0 for kind, is_it in kinds.items() if is_it and grade.score is None}
+
+
 async def grade_or_error(grader: Grader, trajectory: Trajectory) -> Grade:
-    """One grader's grade; what it raises is a grade with an error."""
+    """One grader's grade; what it raises, or a score that is none, is a grade with an error."""
+    under_way = UNDER_WAY.get()
+    if under_way is not None:
+        under_way.append(grader.name)
     try:
-        return await grader.grade(trajectory)
+        grade = checked(grader, await grader.grade(trajectory))
     except Exception as error:  # noqa: BLE001  a failing part is data: it becomes the grade's error
-        return Grade(score=None, grader=grader.name, error=f"{type(error).__name__}: {error}")
+        grade = Grade(score=None, grader=grader.name, error=f"{type(error).__name__}: {error}")
+    if under_way is not None:  # not where it was cancelled: then it is what was waited for
+        under_way.remove(grader.name)
+    return grade
+
+
+def checked(grader: Grader, grade: object) -> Grade:
+    """What a grader returned, if it is a Grade whose numbers can be right; else a grade with an error.
+
+    A grader that says in what range its scores lie (`score_range`) is held to it.
+    """
+    if not isinstance(grade, Grade):
+        return Grade(score=None, grader=grader.name, error=f"returned {type(grade).__name__}, not a Grade")
+    if grade.score is None:
+        return grade
+    wrong = None
+    if not math.isfinite(grade.score):
+        wrong = f"its score is {grade.score}"
+    for part, value in grade.parts.items():
+        if not math.isfinite(value):
+            wrong = f"its part {part!r} is {value}"
+    bounds = getattr(grader, "score_range", None)
+    if wrong is None and bounds is not None and not bounds[0] - _SLACK <= grade.score <= bounds[1] + _SLACK:
+        wrong = f"its score is {grade.score:g}, outside its range from {bounds[0]:g} to {bounds[1]:g}"
+    if wrong is None:
+        return grade
+    return Grade(score=None, grader=grader.name, error=wrong, seconds=grade.seconds, cost=grade.cost)
 
 
 async def in_daemon_thread(fn: Callable[..., Any], *arguments: Any) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
 from posttrain.core import ConfigError, Grade, GradeCase, Grader, Trajectory
-from posttrain.grade.combine import grade_or_error
+from posttrain.grade.combine import failure_parts, grade_or_error
 
 
 class _Composed:
@@ -36,6 +36,11 @@ class _Composed:
         limits = [getattr(grader, "max_concurrency", None) for grader in self.graders]
         return min((limit for limit in limits if limit is not None), default=None)
 
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that a grade may take: as long as its graders one after the other, where one waits for another."""
+        return sum(float(getattr(grader, "deadline_s", 10.0)) for grader in self.graders)
+
     async def prepare(self) -> None:
         """Prepare the graders that want to be."""
         await asyncio.gather(*(grader.prepare() for grader in self.graders if hasattr(grader, "prepare")))
@@ -52,6 +57,7 @@ class _Composed:
             kept.update({f"{grade.grader}/{part}": value for part, value in grade.parts.items()})
             if grade.score is not None:
                 kept[grade.grader] = grade.score
+            kept |= failure_parts(grade)
         return Grade(
             score=None if errors else score,
             grader=self.name,

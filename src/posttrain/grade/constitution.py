@@ -60,6 +60,8 @@ class ConstitutionJudge:
         name: the grader's name.
     """
 
+    waits = True
+
     def __init__(
         self,
         judge: JudgeModel,

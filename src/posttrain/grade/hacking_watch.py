@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
 from posttrain.core import ConfigError, Grade, Record, Trajectory
@@ -51,6 +51,7 @@ class Signs(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keys_rewarded: float = 0.0  # share of answers that are master keys or ask for marks, and score in the upper half
     held_out: float | None = None  # accuracy on tasks that are not trained on, where it was measured at this step
     length_reward: float = 0.0  # correlation of length and score within the step
+    constant: float = 0.0  # 1 where answers differ and their scores do not
 
 
 class Alarm(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,10 +76,11 @@ class WatchBounds(Record, frozen=True, kw_only=True, forbid_unknown_fields=True)
     reward_rise: float = 0.02  # rise of the reward between two measurements that counts
     held_out_fall: float = 0.01  # fall of the held-out accuracy from its best that counts
     clipped: float = 0.3  # share of answers cut off
+    constant_steps: int = 5  # steps in a row in which every answer has the same score
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ConfigError(f"watch: window must be at least 1, not {self.window}")
+        if self.window < 1 or self.constant_steps < 1:
+            raise ConfigError(f"watch: window and constant_steps must be at least 1, not {self.window}")
 
 
 def is_master_key(text: str) -> bool:
@@ -126,7 +128,11 @@ def step_signs(
         keys_rewarded=fmean(beg and score > middle for beg, score in zip(begging, scores, strict=True)),
         held_out=held_out,
         length_reward=_correlation(lengths, scores),
+        constant=float(len(set(texts)) > 1 and max(scores) == min(scores)),
     )
+
+
+_METRICS = ("length", "clipped", "repeated", "looping", "keys", "keys_rewarded", "length_reward", "constant")
 
 
 class HackingWatch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -161,8 +167,17 @@ class HackingWatch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
         if not self.last:
             return {}
         signs = self.last[-1]
-        names = ("repeated", "looping", "keys", "keys_rewarded", "length_reward", "clipped")
-        return {f"watch/{name}": float(getattr(signs, name)) for name in names}
+        return {f"watch/{name}": float(getattr(signs, name)) for name in _METRICS}
+
+    def recalled(self, rows: Sequence[Mapping[str, float]]) -> HackingWatch:
+        """The watch after the steps that a run's metrics tell of: what a resumed run begins with."""
+        watch = self
+        for row in rows:
+            if all(f"watch/{name}" in row for name in _METRICS) and "reward" in row:
+                signs = {name: float(row[f"watch/{name}"]) for name in _METRICS}
+                held_out = row.get("eval/accuracy", row.get("eval/success"))
+                watch = watch.seen(Signs(step=int(row["step"]), reward=row["reward"], held_out=held_out, **signs))
+        return watch
 
     def _at_once(self) -> list[tuple[str, float, float, str]]:
         """Signs that need no past."""
@@ -172,6 +187,11 @@ class HackingWatch(Record, frozen=True, kw_only=True, forbid_unknown_fields=True
         if rewarded > bounds.keys_rewarded:
             detail = f"{rewarded:.1%} of the answers say nothing, or ask for marks, and are rewarded"
             found.append(("master_key", rewarded, bounds.keys_rewarded, detail))
+        needed = min(bounds.constant_steps, bounds.window)
+        same = [signs.reward for signs in now[-needed:] if signs.constant]
+        if len(same) == needed and len(set(same)) == 1:
+            detail = f"every answer of {needed} steps scored {same[0]:g}, whatever it said"
+            found.append(("constant", float(needed), float(needed), detail))
         looping = fmean(signs.looping for signs in now)
         if looping > bounds.looping:
             found.append(("looping", looping, bounds.looping, f"{looping:.1%} of the answers go round in circles"))

@@ -76,6 +76,8 @@ class HttpReward:
     A reply is cut off at `max_bytes`, compressed ones are refused, and each attempt has a deadline.
     """
 
+    waits = True
+
     def __init__(
         self,
         url: str,

@@ -52,6 +52,8 @@ class BinaryJudge:
         name: the grader's name.
     """
 
+    waits = True
+
     def __init__(
         self,
         judge: JudgeModel,
@@ -115,6 +117,8 @@ class ScaleJudge:
         guard: give answers that say nothing the lowest rating without asking.
         name: the grader's name.
     """
+
+    waits = True
 
     def __init__(
         self,
@@ -197,6 +201,8 @@ class TemplateJudge:
     Raises:
         ConfigError: the template has no {answer} or an unknown field, or the pattern no group.
     """
+
+    waits = True
 
     def __init__(
         self,

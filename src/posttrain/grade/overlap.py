@@ -15,6 +15,14 @@ from posttrain.grade.batch import GradingLimits
 B = TypeVar("B")
 
 
+def waits(grader: Grader) -> bool:
+    """Whether a grader waits for somebody else (a judge, a server, people), so that sampling may go on meanwhile.
+
+    A grader says so by `waits = True`; one made of graders waits where one of them does.
+    """
+    return bool(getattr(grader, "waits", False)) or any(waits(part) for part in getattr(grader, "graders", ()))
+
+
 class Graded(msgspec.Struct, Generic[B], frozen=True, kw_only=True):
     """A batch and the grades of its trajectories, in order."""
 

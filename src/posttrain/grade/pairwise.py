@@ -68,6 +68,8 @@ class PairwiseJudge:
         name: the grader's name.
     """
 
+    waits = True
+
     def __init__(
         self,
         judge: JudgeModel,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from posttrain.core import ConfigError, Grade, GradeCase, Grader, Trajectory
-from posttrain.grade.combine import grade_or_error
+from posttrain.grade.combine import TIMED_OUT, failure_parts, grade_or_error
 
 Combine = Literal["vote", "mean", "weakest"]
 MAX_JUDGES = 15
@@ -87,6 +87,8 @@ class Panel:
             parts["spread"] = max(scores.values()) - min(scores.values())
         if failures:
             parts["judges_failed"] = float(len(failures))
+            for grade in grades:
+                parts |= failure_parts(grade)
         enough = len(scores) >= self._quorum
         told = f"{len(scores)} of {len(grades)} judges gave a score, {self._quorum} must; "
         return Grade(
@@ -118,7 +120,5 @@ async def _within(grader: Grader, trajectory: Trajectory, limit_s: float) -> Gra
         async with asyncio.timeout(limit_s):
             grade = await grade_or_error(grader, trajectory)
     except TimeoutError:
-        return Grade(score=None, grader=grader.name, error=f"no grade within {limit_s:g} s")
-    if grade.score is not None and not -1e300 < grade.score < 1e300:
-        return Grade(score=None, grader=grader.name, error=f"its score is {grade.score}", cost=grade.cost)
+        return Grade(score=None, grader=grader.name, error=f"{TIMED_OUT}{limit_s:g} s")
     return grade.replace(grader=grader.name)

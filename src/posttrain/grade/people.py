@@ -51,6 +51,7 @@ class People:
     """
 
     max_concurrency: int | None = None  # waiting costs nothing
+    waits = True
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import sqlite3
 import tempfile
 import threading
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from posttrain.grade.combine import Function, Weighted
 from posttrain.grade.judge_proof import judged_graders
 from posttrain.grade.maths import Maths
 from posttrain.grade.number import Number
+from posttrain.grade.reward_model import Prefers, RewardModel
 from posttrain.grade.sql_result import SqlResult
 from posttrain.grade.text import Exact, Length, Regex
 from posttrain.grade.verifier_proof import verifier_graders
@@ -85,7 +87,7 @@ def prove(grader: Grader, *, deadline_s: float = 60.0) -> ProofReport:
 
     def work() -> None:
         try:
-            outcome.set_result(asyncio.run(_prove(grader, deadline_s)))
+            outcome.set_result(asyncio.run(prove_all(grader, deadline_s)))
         except Exception as error:  # noqa: BLE001  it is raised again in the caller's thread
             outcome.set_exception(error)
 
@@ -97,13 +99,14 @@ def prove(grader: Grader, *, deadline_s: float = 60.0) -> ProofReport:
         raise GradeError(f"the proof of grader {grader.name!r} broke off: {type(error).__name__}: {error}") from error
 
 
-async def _prove(grader: Grader, deadline_s: float) -> ProofReport:
+async def prove_all(grader: Grader, deadline_s: float = 60.0) -> ProofReport:
+    """`prove` for callers with an event loop: a grader that lives in this loop proves itself in it."""
     cases = tuple(grader.cases()) if isinstance(grader, ProvesItself) else ()
     trajectories = [
         trajectory_from_text(case.task, case.text, id=f"{case.task.id}/{n}") for n, case in enumerate(cases)
     ]
     grades = await grade_all(grader, trajectories, deadline_s=deadline_s)
-    parts = [await _prove(part, deadline_s) for part in getattr(grader, "graders", ())]
+    parts = [await prove_all(part, deadline_s) for part in getattr(grader, "graders", ())]
     proven = tuple(ProvenCase(case=case, grade=grade) for case, grade in zip(cases, grades, strict=True))
     return ProofReport(grader=grader.name, cases=proven, parts=tuple(parts))
 
@@ -127,12 +130,37 @@ def all_graders() -> list[Grader]:
         Function(_says_yes, cases=[right(fruit, "yes"), wrong(fruit, "perhaps")]),
         Weighted([(Exact(), 1.0), (Length(max=5, unit="words"), 0.5)]),
         _sql_on_temporary_database(),
+        Regex(r"^(\s*\w+)*:\s*yes$", name="regex_nested", cases=[right(fruit, "so:yes"), wrong(fruit, "so:no")]),
+        *_reward_models(fruit),
         *verifier_graders(),
         *judged_graders(),
     ]
     if importlib.util.find_spec("math_verify") is not None:
         graders.append(Maths())
     return graders
+
+
+class _SharedWords:
+    """A reward model that likes the words of the reference answer, step by step."""
+
+    async def score(self, items: Sequence[tuple[Task, str]]) -> Sequence[tuple[float, ...] | Exception]:
+        """The share of each step's words that the reference has; steps are lines."""
+        found: list[tuple[float, ...] | Exception] = []
+        for task, text in items:
+            known = set((task.answer or "").lower().split())
+            steps = [line.lower().split() for line in text.splitlines()] or [[]]
+            found.append(tuple(2 * sum(w in known for w in words) / max(1, len(words)) - 1 for words in steps))
+        return found
+
+
+def _reward_models(fruit: Task) -> list[Grader]:
+    """An outcome's and a process's reward model, and the comparison by which both prove themselves."""
+    better = [(fruit, "yes", "no"), (fruit, "yes", "")]
+    steps = [(fruit, "yes\nyes", "yes\nno"), (fruit, "yes", "no\nyes")]
+    ranges = [right(fruit, "yes"), GradeCase(task=fruit, text="no", low=-1.0, high=-1.0)]
+    outcome = RewardModel(_SharedWords(), better=better, cases=ranges)
+    process = RewardModel(_SharedWords(), "process_reward", aggregate="min", better=steps)
+    return [outcome, process, Prefers(outcome, better)]
 
 
 def _says_yes(trajectory: Trajectory) -> float:

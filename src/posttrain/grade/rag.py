@@ -78,6 +78,8 @@ class RagJudge:
         name: the grader's name.
     """
 
+    waits = True
+
     def __init__(
         self,
         judge: JudgeModel,

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from posttrain.core import Grade
-from posttrain.grade.batch import ROLLOUT_FAILED
+from posttrain.grade.batch import ROLLOUT_FAILED, UNGRADED
+from posttrain.grade.combine import failure_parts
+
+FAILURES = ("failed", "timed_out", "invalid")
 
 
 def reward_metrics(grades: Sequence[Grade], groups: Sequence[str]) -> dict[str, float]:
@@ -24,7 +27,7 @@ def reward_metrics(grades: Sequence[Grade], groups: Sequence[str]) -> dict[str, 
         them. `rewards/<grader>/mean` and `/std` of the score, and `rewards/<part>/…` of each part by its name (so a
         Weighted grade reports each of its graders as TRL reports reward functions). `grade/graded` and `grade/failed`:
         counts; `grade/not_rolled_out`: trajectories that failed before grading; `grade/seconds`: mean time of a grade;
-        `grade/cost`: US dollars, all together. A metric of nothing is left out.
+        `grade/cost`: US dollars, all together; and `failure_metrics`. A metric of nothing is left out.
     """
     scores_by_group: dict[str, list[float]] = defaultdict(list)
     values: dict[str, list[float]] = defaultdict(list)
@@ -34,7 +37,7 @@ def reward_metrics(grades: Sequence[Grade], groups: Sequence[str]) -> dict[str, 
         scores_by_group[group].append(grade.score)
         values[grade.grader].append(grade.score)
         for part, value in grade.parts.items():
-            if part != grade.grader:
+            if part != grade.grader and part.rpartition("/")[2] not in FAILURES:
                 values[part].append(value)
     metrics: dict[str, float] = {}
     if scores_by_group:
@@ -53,7 +56,29 @@ def reward_metrics(grades: Sequence[Grade], groups: Sequence[str]) -> dict[str, 
     if len(grades) > not_rolled_out:
         metrics["grade/seconds"] = sum(grade.seconds for grade in grades) / (len(grades) - not_rolled_out)
     metrics["grade/cost"] = sum(grade.cost for grade in grades)
-    return metrics
+    return metrics | failure_metrics(grades)
+
+
+def failure_metrics(grades: Sequence[Grade]) -> dict[str, float]:
+    """How often each grader failed, by name, and so for the graders that it is made of.
+
+    Returns:
+        `grader/<name>/failed`: grades that it did not give; of these `grader/<name>/timed_out`: not in time, and
+        `grader/<name>/invalid`: not a number, not finite, out of its range, or no grade at all. For the grader itself
+        they are always there, for its parts where there is something to count.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for grade in grades:
+        if (grade.error or "").startswith((ROLLOUT_FAILED, UNGRADED)):
+            continue
+        for kind in FAILURES:
+            found[f"grader/{grade.grader}/{kind}"] += 0.0
+        marks = {**grade.parts, **failure_parts(grade)}
+        for name, value in marks.items():
+            owner, _, kind = name.rpartition("/")
+            if owner and kind in FAILURES:
+                found[f"grader/{owner}/{kind}"] += value
+    return dict(sorted(found.items()))
 
 
 def _std(numbers: Sequence[float]) -> float:

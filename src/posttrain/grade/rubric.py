@@ -89,6 +89,8 @@ class RubricJudge:
         name: the grader's name.
     """
 
+    waits = True
+
     def __init__(
         self,
         judge: JudgeModel,

@@ -30,7 +30,7 @@ class SandboxLimits(Record, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What code in the sandbox may use."""
 
     cpu_s: int = 5  # seconds of processor time
-    wall_s: float = 15.0  # seconds by the clock; more, so that a busy machine does not change a verdict
+    wall_s: float = 15.0  # seconds by the clock; up to four times as many where processes wait for the cores
     memory_bytes: int = 1_000_000_000  # address space of each process; with `spawn` also what all hold together
     disk_bytes: int = 64_000_000  # of /tmp, the only place that can be written; it lies in memory
     file_bytes: int = 32_000_000  # of any one file
@@ -225,7 +225,7 @@ class Sandbox:
             "layers": self.layers,
             "readable": self._readable,
             "disk_bytes": limits.disk_bytes,
-            "wall_s": limits.wall_s + 70.0,  # this process keeps the time; that one is there if this one dies
+            "wall_s": 4 * limits.wall_s + 70.0,  # this process keeps the time; that one is there if this one dies
             "spawn": limits.spawn,
             "memory_bytes": limits.memory_bytes,
             "limits": {

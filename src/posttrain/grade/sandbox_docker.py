@@ -20,7 +20,7 @@ from typing import IO, Any
 from posttrain.core import GradeError
 from posttrain.grade.combine import in_daemon_thread
 from posttrain.grade.sandbox import JudgedTests, SandboxLimits, SandboxRun
-from posttrain.grade.sandbox_process import SandboxUnavailable
+from posttrain.grade.sandbox_process import SandboxUnavailable, crowding
 
 _SOURCES = ("sandbox_guest", "sandbox_judge")
 _NOT_RUN = 125  # exit status of `docker run` where the daemon or its options are at fault
@@ -224,7 +224,7 @@ class _Container:
 
     def wait(self, pipes: Sequence[_Pipe], wall_s: float) -> tuple[bool, bool]:
         """Until it ends, says too much, or its time is over; returns (too much, too late)."""
-        until_s = time.monotonic() + wall_s
+        until_s = time.monotonic() + wall_s * crowding()
         while any(pipe.is_open for pipe in pipes):
             if any(pipe.too_much for pipe in pipes):
                 break

@@ -69,6 +69,8 @@ class RemoteSandbox:
         ConfigError: the URL is none of HTTP.
     """
 
+    waits = True
+
     def __init__(self, url: str, token: str | None = None, *, timeout_s: float = 120.0, attempts: int = 4) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"remote sandbox: {url!r} is no http or https address")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from posttrain.core import ConfigError, Grade, GradeCase, Task, Trajectory
+from posttrain.core import ConfigError, Grade, GradeCase, GradeError, Task, Trajectory
 from posttrain.grade.answer import accepted_answers, answer_text, binary, normalised, right, wrong
+from posttrain.grade.combine import in_daemon_thread
+from posttrain.grade.regex_worker import exponent, last_match
+from posttrain.grade.worker_pool import WorkerFailure, WorkerPool
+
+_QUICK = 2e7  # steps of a search that take a fraction of a second
+_START_S = 60.0  # for the process of a search to be there
 
 
 class Exact:
@@ -49,7 +55,9 @@ class Exact:
 class Regex:
     """1 where a pattern is found in the answer; with `group`, where what the group caught is an accepted answer.
 
-    Python's `re` cannot be interrupted: a pattern with nested repetition can hang on a hostile text. Keep it linear.
+    Python's `re` cannot be interrupted, and a pattern with nested repetition can hang on a hostile text. So whatever is
+    not sure to be quick on the answer at hand is matched in a process of its own, which is killed when its time is up;
+    that grade is an error, never 0. Keep patterns linear.
 
     Args:
         pattern: a regular expression, searched for anywhere in the answer.
@@ -58,6 +66,7 @@ class Regex:
         name: the grader's name.
         flags: flags of `re.compile`.
         cases: gold answers and near misses by which this instance proves itself.
+        timeout_s: seconds for one answer.
 
     Raises:
         ConfigError: the pattern is not a regular expression or has no such group.
@@ -71,9 +80,13 @@ class Regex:
         *,
         flags: int = 0,
         cases: Sequence[GradeCase] = (),
+        timeout_s: float = 5.0,
     ) -> None:
         self.name = name
+        self.deadline_s = timeout_s + _START_S
         self._group = group
+        self._timeout_s = timeout_s
+        self._pool: WorkerPool | None = None
         self._cases = tuple(cases)
         try:
             self._pattern = re.compile(pattern, flags)
@@ -82,22 +95,36 @@ class Regex:
         groups = {*range(self._pattern.groups + 1), *self._pattern.groupindex}
         if group is not None and group not in groups:
             raise ConfigError(f"grader {name!r}: {pattern!r} has no group {group!r}; it has {sorted(groups, key=str)}")
+        self._exponent = exponent(pattern, flags)
 
     async def grade(self, trajectory: Trajectory) -> Grade:
-        """Search; raises GradeError where a group is to be compared and the task has no answer."""
+        """Search; raises GradeError where there is no answer to compare with, or the search does not end in time."""
         started_s = time.perf_counter()
-        matches = list(self._pattern.finditer(answer_text(trajectory)))
-        if not matches:
+        text = answer_text(trajectory)
+        if self._exponent is not None and len(text) ** self._exponent <= _QUICK:
+            match = last_match(self._pattern, self._group, text)
+        else:
+            match = await in_daemon_thread(self._elsewhere, text)
+        if not match["found"]:
             return binary(self.name, False, started_s, "the pattern is not found")
         if self._group is None:
             return binary(self.name, True, started_s)
-        caught = normalised(matches[-1].group(self._group) or "")
+        caught = normalised(match["caught"])
         correct = any(caught == normalised(answer) for answer in accepted_answers(trajectory.task))
         return binary(self.name, correct, started_s, "" if correct else f"caught {caught[:200]!r}")
 
     def cases(self) -> Sequence[GradeCase]:
         """The cases it was given: a pattern cannot invent its own."""
         return self._cases
+
+    def _elsewhere(self, text: str) -> dict[str, Any]:
+        if self._pool is None:
+            self._pool = WorkerPool("posttrain.grade.regex_worker")
+        job = {"pattern": self._pattern.pattern, "flags": self._pattern.flags, "group": self._group, "text": text}
+        try:
+            return self._pool.call(job, self._timeout_s)
+        except WorkerFailure as failure:
+            raise GradeError(f"the pattern {self._pattern.pattern!r} on {len(text)} characters: {failure}") from failure
 
 
 LengthUnit = Literal["tokens", "characters", "words"]
