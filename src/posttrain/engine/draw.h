@@ -44,7 +44,8 @@ static inline void note_chunk(const draws *d, long o, long chunk, const float *z
     for (long i = 0; i < num; i += 16)
         highest = _mm512_max_ps(highest, _mm512_mask_loadu_ps(lowest, lanes(num - i), z + i));
     const float top = _mm512_reduce_max_ps(highest);
-    const __m512 tops = _mm512_set1_ps(top), heats = _mm512_set1_ps(heat);
+    /* In a chunk of nothing but minus infinity that, less itself, would be NaN. */
+    const __m512 tops = _mm512_set1_ps(top == -INFINITY ? 0.0f : top), heats = _mm512_set1_ps(heat);
     __m512 sum = _mm512_setzero_ps(), policy = sum;
     for (long i = 0; i < num; i += 16) {
         const __mmask16 there = lanes(num - i);
