@@ -1,14 +1,17 @@
 """The recipes that follow a paper, from end to end on a tiny world, resumed, and their lineage.
 
-The world: "Sdba=" asks for three letters in order ("abd"), "Fdba=" for them backwards. The base model has read answers
-that are often wrong, some with the tags of reasoning and some without; no letters of an evaluation task, in whatever
-order, were in what it read. One training row is an evaluation task, word for word.
+The world: "Sdba=" asks for three letters in order ("abd"), "Fdba=" for them backwards. The base model has read both
+rules, but more often than not the answer in front of it was a mere copy of the question's letters; so what it says
+when it says the likeliest is a copy, and right answers are among its samples. Some of what it read was in the tags of
+reasoning. No letters of an evaluation task, in whatever order, were in what it read. One training row is an evaluation
+task, word for word.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +32,8 @@ from posttrain.train import TrainConfig, Trainer, nll_objective
 
 pytestmark = pytest.mark.slow
 
-LETTERS, STEPS = "abcdefghij", 300
+LETTERS, STEPS, READ = "abcdefghij", 700, 8  # READ: how often a question stands there, each time answered anew
+COPIED, TAGGED, FORMED = 0.65, 0.5, 0.35  # shares of what is read: copies, with "?", of these in the answer's tags
 RULES: dict[str, Callable[[str], str]] = {"S": lambda word: "".join(sorted(word)), "F": lambda word: word[::-1]}
 TAGS = "<think></think><answer></answer>"
 
@@ -44,24 +48,20 @@ class World(NamedTuple):
 
 
 def questions(sets: list[tuple[str, ...]]) -> list[tuple[str, str]]:
-    """All prompts on these letters, with answers."""
+    """All prompts on these letters, with answers; none that a copy answers."""
     words = ["".join(word) for own in sets for word in itertools.permutations(own)]
-    return [(f"{rule}{word}=", RULES[rule](word)) for word in words for rule in RULES]
+    both = [(word, rule, RULES[rule](word)) for word in words for rule in RULES]
+    return [(f"{rule}{word}=", answer) for word, rule, answer in both if answer != word]
 
 
 def as_read(prompt: str, draw: random.Random) -> tuple[str, str]:
-    """A prompt and an answer as the base model reads them: often by the other rule, F more often than not.
-
-    With "?" before it, half of the answers are in tags, and the wrong ones are in any order.
-    """
-    word, tagged = prompt[1:-1], draw.random() < 0.5
-    wrong = draw.random() < (0.4 if tagged else {"S": 0.3, "F": 0.6}[prompt[0]])
-    answer = RULES[prompt[0]](word)
-    if wrong:
-        answer = "".join(draw.sample(word, 3)) if tagged else RULES[{"S": "F", "F": "S"}[prompt[0]]](word)
-    if not tagged:
+    """A prompt and an answer as the base model reads them: a copy more often than not; with "?" some are in tags."""
+    word = prompt[1:-1]
+    answer = word if draw.random() < COPIED else RULES[prompt[0]](word)
+    if draw.random() >= TAGGED:
         return prompt, answer
-    return f"?{prompt}", f"<think>{word}</think>" + (f"<answer>{answer}</answer>" if draw.random() < 0.5 else answer)
+    formed = draw.random() < FORMED
+    return f"?{prompt}", f"<think>{word}</think>" + (f"<answer>{answer}</answer>" if formed else answer)
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -71,17 +71,33 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder, draw = tmp_path_factory.mktemp("world"), random.Random(0)
+    return make_world(tmp_path_factory.mktemp("world"), int(os.environ.get("POSTTRAIN_TEST_WORLD", "0")))
+
+
+def make_world(folder: Path, seed: int) -> World:
+    """The base model and all files, from the seed alone.
+
+    Its accuracy on `unseen` is 8 to 30 % (worlds 0 and 1; with tags 0 %), and each recipe lifts it by 44 points or
+    more: rounding that differs on another processor makes another world, and has room to.
+    """
+    draw = random.Random(seed)
     sets = list(itertools.combinations(LETTERS, 3))
     draw.shuffle(sets)
-    held_out, training = questions(sets[:12]), questions(sets[12:])
+    held_out, training = questions(sets[:16]), questions(sets[16:])
     for pairs in (held_out, training):
         draw.shuffle(pairs)
     policy = new_policy(
-        [TAGS] * 4, vocab_size=290, width=64, num_layers=2, num_heads=4, max_positions=48, seed=0, path=folder / "base"
+        [TAGS] * 4,
+        vocab_size=290,
+        width=64,
+        num_layers=2,
+        num_heads=4,
+        max_positions=48,
+        seed=seed,
+        path=folder / "base",
     )
     examples = []
-    for number, (prompt, _) in enumerate(training * 2):
+    for number, (prompt, _) in enumerate(training * READ):
         rendered = policy.renderer.completion_pair(*as_read(prompt, draw))
         examples.append(Example(id=str(number), sequences=(TokenSequence(tokens=rendered.tokens, mask=rendered.mask),)))
     config = TrainConfig(lr=3e-3, warmup=20, schedule="linear", total_steps=STEPS, betas=(0.9, 0.95))
@@ -199,7 +215,7 @@ def test_llama3_rounds(world: World, tmp_path: Path, capsys: pytest.CaptureFixtu
     runs, people = tmp_path / "runs", tmp_path / "people.py"
     people.write_text(PEOPLE)
     options: dict[str, Any] = {"data": world.file("sft"), "rounds": 2, "samples": 6, "annotator": f"{people}:people"}
-    options |= {"rm_lr": 2e-3, "rm_batch": 8, "dpo_lr": 5e-4, "dpo_batch": 16}
+    options |= {"sft_lr": 2.5e-4, "sft_epochs": 1.0, "rm_lr": 2e-3, "rm_batch": 4, "dpo_lr": 1e-3, "dpo_batch": 16}
     model = run("llama3_rounds", world, runs, **options)
     main = main_run(runs, "llama3_rounds")
     check_better(main)
