@@ -17,8 +17,8 @@ import torch
 from posttrain.core import Config, Grader, Sampling, Task, doc, read_metrics
 from posttrain.engine import LocalEngine
 from posttrain.evaluate import bootstrap_mean, wilson
+from posttrain.grade import WatchedGrader, grade_all
 from posttrain.grade import check_failures as check_grades
-from posttrain.grade import grade_all
 from posttrain.recipes.agent_credit import token_advantages
 from posttrain.recipes.policy import Policy
 from posttrain.recipes.rl_learner import Learner
@@ -89,7 +89,10 @@ class Stage:
         )
         check_rollouts(groups, max_failed)
         grades = await grade_all(self.grader, [trajectory for group in groups for trajectory in group.trajectories])
-        check_grades(grades, max_failed)
+        if isinstance(self.grader, WatchedGrader) and max_failed < 1:
+            self.grader.check(grades)
+        else:
+            check_grades(grades, max_failed)
         rest = iter(grades)
         return [Rolled(group, [next(rest) for _ in group.trajectories]) for group in groups]
 
@@ -147,8 +150,11 @@ async def agent_loop(
     source, ledger = source_of(tasks, config), Ledger()
     resumed = learner.resume(bench.run.checkpoints, source, ledger, lambda line: bench.run.event("warning", text=line))
     bench.run.truncate_after(learner.step if resumed else -1)
-    metrics = read_metrics(bench.run.path / "metrics.jsonl")[-1] if resumed else {}
-    stage = stage_of(policy, factory, grader, config, agent)
+    past = read_metrics(bench.run.path / "metrics.jsonl") if resumed else []
+    metrics = past[-1] if past else {}
+    watched = WatchedGrader(grader, bench.run, step=learner.step, max_failed=config.max_failed, past=past)
+    await watched.prove()
+    stage = stage_of(policy, factory, watched, config, agent)
     with stage.engine, bench.progress(title, config.steps, start=learner.step) as progress:
         for step in range(learner.step, config.steps):
             if learner.num_sampled >= max_sampled:
@@ -165,7 +171,9 @@ async def agent_loop(
             done = learner.step
             if held_out and config.evaluate_every and done % config.evaluate_every == 0:
                 stage.engine.update_weights(policy.model, version=done)
-                metrics |= await evaluate_episodes(stage, held_out)
+                with watched.paused():
+                    metrics |= await evaluate_episodes(stage, held_out)
+            metrics |= await watched.step(done, held_out=metrics.get("eval/success"))
             log(bench, metrics, filled.sampled, done)
             progress.advance(shown(metrics))
             if done % config.checkpoint_every == 0 or done == config.steps or learner.num_sampled >= max_sampled:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 
-from posttrain.core import SampleTokens, Sampling, Task
+from posttrain.core import Grade, Grader, SampleTokens, Sampling, Task
+from posttrain.grade import grade_all, grade_while, waits
 from posttrain.rollout import Group, run_groups
 from posttrain.rollout.single_turn import PromptTokens
 
@@ -41,3 +43,32 @@ async def stream_groups(
     finally:
         for task in asked:
             task.cancel()
+
+
+async def graded_groups(
+    sampler: SampleTokens,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    grader: Grader,
+    *,
+    prompt_tokens: PromptTokens,
+    seed: int,
+    step: int = 0,
+) -> tuple[list[Group], list[Grade]]:
+    """The groups of a step, in the order of its tasks, and the grades of their trajectories, in the order of these.
+
+    A grader that waits for others (`grade.waits`) grades each group while the rest of the step is sampled: give it a
+    sampler with a thread of its own. The samples are the same either way.
+    """
+    if not waits(grader):
+        groups = await run_groups(sampler, tasks, sampling, prompt_tokens=prompt_tokens, seed=seed, step=step)
+        return groups, await grade_all(grader, [trajectory for group in groups for trajectory in group.trajectories])
+    places: dict[int, list[int]] = defaultdict(list)
+    for place, task in enumerate(tasks):
+        places[id(task)].append(place)  # one task twice in a step has the same samples twice
+    found: dict[int, tuple[Group, list[Grade]]] = {}
+    come = stream_groups(sampler, tasks, sampling, prompt_tokens=prompt_tokens, seed=seed, step=step)
+    async for graded in grade_while(come, grader, lambda group: group.trajectories):
+        found[places[id(graded.batch.task)].pop(0)] = (graded.batch, graded.grades)
+    ordered = [found[place] for place in range(len(tasks))]
+    return [group for group, _ in ordered], [grade for _, grades in ordered for grade in grades]

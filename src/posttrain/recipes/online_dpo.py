@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from posttrain import data as rows
-from posttrain.core import Config, Example, Grade, Grader, Sampling, Task, TokenSequence, doc, recipe
+from posttrain.core import Config, Example, Grade, Grader, Sampling, Task, TokenSequence, doc, read_metrics, recipe
 from posttrain.evaluate import Suite, run_suite
-from posttrain.grade import check_failures as check_grades
-from posttrain.grade import grade_all, reward_metrics
+from posttrain.grade import WatchedGrader, reward_metrics, waits
 from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
+from posttrain.recipes.group_stream import graded_groups
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.preference_methods import Method, method_named
 from posttrain.recipes.preference_run import keep_tuned
 from posttrain.recipes.reference_cache import with_reference
 from posttrain.recipes.supervised import batch_at, steps_of
 from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
-from posttrain.rollout import Group, PromptSchedule, rollout_metrics, run_groups
+from posttrain.rollout import Group, PromptSchedule, rollout_metrics
 from posttrain.rollout import check_failures as check_rollouts
 from posttrain.train import (
     Ledger,
@@ -129,10 +129,13 @@ async def online_loop(
     bench.run.truncate_after(int(resumed.extra["round"]) if resumed else -1)
     start = int(resumed.extra["round"]) if resumed else 0
     metrics: dict[str, float] = resumed.extra["metrics"] if resumed else {}
+    past = read_metrics(bench.run.path / "metrics.jsonl") if resumed else []
+    watched = WatchedGrader(grader, bench.run, step=start, max_failed=config.max_failed, past=past)
+    await watched.prove()
     every = [*tasks, *(held_out.tasks if held_out else ())]
     slots = min(config.slots, config.prompts_per_round * config.group_size)
     engine = policy.engine(
-        slots=slots, length=policy.length_for(every, config.max_tokens), seed=config.seed, inline=True
+        slots=slots, length=policy.length_for(every, config.max_tokens), seed=config.seed, inline=not waits(grader)
     )
     sampling = Sampling(
         max_tokens=config.max_tokens,
@@ -144,13 +147,12 @@ async def online_loop(
         for place in range(start, config.rounds):
             engine.update_weights(policy.model, version=place)
             chosen = schedule.tasks_at(place)
-            groups = await run_groups(
-                engine, chosen, sampling, prompt_tokens=policy.renderer.prompt, seed=config.seed, step=place
+            groups, grades = await graded_groups(
+                engine, chosen, sampling, watched, prompt_tokens=policy.renderer.prompt, seed=config.seed, step=place
             )
             check_rollouts(groups, config.max_failed)
+            watched.check(grades)
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-            grades = await grade_all(grader, trajectories)
-            check_grades(grades, config.max_failed)
             pairs, metrics = ranked_pairs(groups, grades)
             metrics |= reward_metrics(grades, [trajectory.group for trajectory in trajectories])
             metrics |= rollout_metrics(groups) | learn(trainer, first or trainer, pairs, method, config, place)
@@ -160,6 +162,7 @@ async def online_loop(
                 engine.update_weights(policy.model, version=done)
                 report = await run_suite(held_out, engine, policy.renderer.prompt, model=f"round {done}")
                 metrics["eval/accuracy"] = report.metrics["accuracy"].value
+            metrics |= await watched.step(done, held_out=metrics.get("eval/accuracy"))
             bench.run.tracker.log(metrics, step=done)
             progress.advance({"reward": metrics["reward"], "pairs": metrics["pairs/taken"]})
             if done % config.checkpoint_every == 0 or done == config.rounds:

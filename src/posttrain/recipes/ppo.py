@@ -18,6 +18,7 @@ from posttrain import data as rows
 from posttrain import models
 from posttrain.core import Grader, Sampling, Task, read_metrics, recipe
 from posttrain.evaluate import Suite
+from posttrain.grade import WatchedGrader, waits
 from posttrain.models import ScoredDecoder
 from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
@@ -56,17 +57,22 @@ async def ppo_loop(
         n=config.group_size,
         stop_tokens=tuple(sorted(policy.renderer.stop_tokens)),
     )
-    metrics = read_metrics(bench.run.path / "metrics.jsonl")[-1] if resumed else {}
+    past = read_metrics(bench.run.path / "metrics.jsonl") if resumed else []
+    metrics = past[-1] if past else {}
+    watched = WatchedGrader(grader, bench.run, step=learner.step, max_failed=config.max_failed, past=past)
+    await watched.prove()
     every = [*tasks, *(held_out.tasks if held_out else ())]
     length = policy.length_for(every, config.max_tokens)
     slots = min(config.slots, config.prompts_per_step * config.group_size)
-    engine = policy.engine(slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed, inline=True)
+    engine = policy.engine(
+        slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed, inline=not waits(grader)
+    )
     with engine, bench.progress("ppo", config.steps, start=learner.step) as progress:
         for step in range(learner.step, config.steps):
             engine.update_weights(policy.model, version=step)
             draw = source.draw(config.prompts_per_step)
             rolled = await roll_and_grade(
-                engine, policy, draw, sampling, grader, seed=config.seed, max_failed=config.max_failed
+                engine, policy, draw, sampling, watched, seed=config.seed, max_failed=config.max_failed
             )
             filled = Filled(rolled, [], [draw])
             metrics = learner.learn(rolled) | sampled_metrics(filled)
@@ -86,6 +92,7 @@ async def ppo_loop(
                     max_tokens=config.max_tokens,
                     version=done,
                 )
+            metrics |= await watched.step(done, held_out=metrics.get("eval/accuracy"))
             log(bench, metrics, filled.sampled, done)
             progress.advance(shown(metrics))
             if done % config.checkpoint_every == 0 or done == config.steps:

@@ -28,17 +28,17 @@ from posttrain.core import (
     read_jsonl,
     recipe,
 )
-from posttrain.grade import check_failures as check_grades
-from posttrain.grade import grade_all, reward_metrics
+from posttrain.grade import WatchedGrader, reward_metrics, waits
 from posttrain.models import resolve
 from posttrain.recipes.best_of import Keep, Kept, example_of, select, selection_metrics, without_repetitions
 from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
+from posttrain.recipes.group_stream import graded_groups
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.workbench import RUNS, Workbench, open_stage, open_workbench
 from posttrain.registry.durable import write_atomic
-from posttrain.rollout import Group, rollout_metrics, run_groups
+from posttrain.rollout import Group, rollout_metrics
 from posttrain.rollout import check_failures as check_rollouts
 from posttrain.train import TrainConfig
 
@@ -97,25 +97,27 @@ async def sample_round(
         n=config.samples,
         stop_tokens=tuple(sorted(policy.renderer.stop_tokens)),
     )
+    watched = WatchedGrader(grader, bench.run, step=number - 1, max_failed=config.max_failed)
+    await watched.prove()
     groups: list[Group] = []
     grades: list[Grade] = []
     length = policy.length_for(tasks, config.max_tokens)
     slots = min(config.slots, len(tasks) * config.samples)
     batch = max(1, 2 * slots // config.samples)
     with (
-        policy.engine(slots=slots, length=length, seed=config.seed, inline=True) as engine,
+        policy.engine(slots=slots, length=length, seed=config.seed, inline=not waits(grader)) as engine,
         bench.progress(f"round {number}", len(tasks)) as progress,
     ):
         for start in range(0, len(tasks), batch):
             part = tasks[start : start + batch]
-            some = await run_groups(
-                engine, part, sampling, prompt_tokens=policy.renderer.prompt, seed=config.seed, step=number
+            some, theirs = await graded_groups(
+                engine, part, sampling, watched, prompt_tokens=policy.renderer.prompt, seed=config.seed, step=number
             )
             groups += some
-            grades += await grade_all(grader, [trajectory for group in some for trajectory in group.trajectories])
+            grades += theirs
             progress.advance({"right": sum((grade.score or 0) >= config.threshold for grade in grades)}, by=len(part))
     check_rollouts(groups, config.max_failed)
-    check_grades(grades, config.max_failed)
+    watched.check(grades)
     chosen = select(
         groups,
         grades,
@@ -127,7 +129,7 @@ async def sample_round(
     )
     metrics = selection_metrics(groups, grades, chosen, threshold=config.threshold)
     owners = [trajectory.group for group in groups for trajectory in group.trajectories]
-    metrics |= reward_metrics(grades, owners) | rollout_metrics(groups)
+    metrics |= reward_metrics(grades, owners) | rollout_metrics(groups) | await watched.step(number)
     if not chosen:
         raise DataError(
             f"round {number}: none of {len(grades)} answers to {len(tasks)} prompts was chosen (pass@{config.samples} "

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from posttrain.core import Grader, Sampling, Task, read_metrics
 from posttrain.engine import LocalEngine
 from posttrain.evaluate import Suite, run_suite
-from posttrain.grade import check_failures as check_grades
-from posttrain.grade import grade_all, reward_metrics
+from posttrain.grade import WatchedGrader, reward_metrics, waits
 from posttrain.models import Decoder
+from posttrain.recipes.group_stream import graded_groups
 from posttrain.recipes.kl_spent import fixed_prompts, kl_spent
 from posttrain.recipes.policy import Policy
 from posttrain.recipes.rl_learner import Learner
@@ -31,7 +31,6 @@ from posttrain.rollout import (
     has_variance,
     pass_rate,
     rollout_metrics,
-    run_groups,
 )
 from posttrain.rollout import check_failures as check_rollouts
 from posttrain.train import Ledger
@@ -61,15 +60,19 @@ async def grpo_loop(
         n=config.group_size,
         stop_tokens=tuple(sorted(policy.renderer.stop_tokens)),
     )
-    metrics = read_metrics(bench.run.path / "metrics.jsonl")[-1] if resumed else {}
+    past = read_metrics(bench.run.path / "metrics.jsonl") if resumed else []
+    metrics = past[-1] if past else {}
+    watched = WatchedGrader(grader, bench.run, step=learner.step, max_failed=config.max_failed, past=past)
+    await watched.prove()
     every = [*tasks, *(held_out.tasks if held_out else ())]
     length = policy.length_for(every, config.max_tokens)
     slots = min(config.slots, config.prompts_per_step * config.group_size)
-    engine = policy.engine(slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed, inline=True)
+    inline = not waits(grader)  # a sampler that holds up the event loop would hold up those who are waited for
+    engine = policy.engine(slots=slots, length=length, dtype=config.sampler_dtype, seed=config.seed, inline=inline)
     with engine, bench.progress("grpo", config.steps, start=learner.step) as progress:
         for step in range(learner.step, config.steps):
             engine.update_weights(policy.model, version=step)
-            filled = await sample_step(engine, policy, source, sampling, grader, config)
+            filled = await sample_step(engine, policy, source, sampling, watched, config)
             metrics = learner.learn(filled.kept or filled.dropped)
             for draw in filled.draws:
                 ledger.record([task.id for task in draw.tasks], epoch=draw.epoch)
@@ -92,6 +95,7 @@ async def grpo_loop(
                     max_tokens=config.max_tokens,
                     version=done,
                 )
+            metrics |= await watched.step(done, held_out=metrics.get("eval/accuracy"))
             log(bench, metrics, filled.sampled, done)
             progress.advance(shown(metrics))
             if done % config.checkpoint_every == 0 or done == config.steps:
@@ -107,7 +111,7 @@ def source_of(tasks: Sequence[Task], config: Grpo) -> PromptSource:
 
 
 async def sample_step(
-    engine: LocalEngine, policy: Policy, source: PromptSource, sampling: Sampling, grader: Grader, config: Grpo
+    engine: LocalEngine, policy: Policy, source: PromptSource, sampling: Sampling, grader: WatchedGrader, config: Grpo
 ) -> Filled:
     """Groups and grades of one step; the source learns the pass rates.
 
@@ -137,22 +141,21 @@ async def roll_and_grade(
     policy: Policy,
     draw: Draw,
     sampling: Sampling,
-    grader: Grader,
+    grader: WatchedGrader,
     *,
     seed: int,
     max_failed: float,
 ) -> list[Rolled]:
-    """The groups of one draw with their grades.
+    """The groups of one draw with their grades, which are given while others are sampled where the grader waits.
 
     Raises:
         RolloutError, GradeError: more than the share `max_failed` of the rollouts or grades failed.
     """
-    groups = await run_groups(
-        engine, draw.tasks, sampling, prompt_tokens=policy.renderer.prompt, seed=seed, step=draw.number
+    groups, grades = await graded_groups(
+        engine, draw.tasks, sampling, grader, prompt_tokens=policy.renderer.prompt, seed=seed, step=draw.number
     )
     check_rollouts(groups, max_failed)
-    grades = await grade_all(grader, [trajectory for group in groups for trajectory in group.trajectories])
-    check_grades(grades, max_failed)
+    grader.check(grades)
     rest = iter(grades)
     return [Rolled(group, [next(rest) for _ in group.trajectories]) for group in groups]
 
