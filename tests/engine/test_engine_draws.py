@@ -1,4 +1,4 @@
-"""Tokens drawn by the compiled pass: against PyTorch's sampling, whoever goes along, from shared prompts, broken rows."""
+"""Tokens drawn by the compiled pass: against PyTorch's sampling, whoever goes along, shared prompts, broken rows."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from posttrain.engine.attention import SingleTokens
 from posttrain.engine.blocks import KeyStore
 from posttrain.engine.cache import PromptCache, SlotCache
 from posttrain.engine.draws import Drawn
+from posttrain.engine.graphs import CudaRecorder, Record, StepGraphs
 from posttrain.engine.prefill import ReadPrompt
 from posttrain.engine.rows import Rows
 from posttrain.engine.sampling import Sampled, sample
@@ -63,9 +64,13 @@ class Decoding(Protocol):
 
 
 class PlainDecoding:
-    """Running rows are the first slots, without holes, so that a step's tensors are slices."""
+    """Running rows are the first slots, without holes, so that a step's tensors are slices.
 
-    def __init__(self, model: Decoder, rows: Rows, max_length: int) -> None:
+    On CUDA steps are recorded and replayed, and the host waits for the device once a step: for the drawn tokens.
+    """
+
+    def __init__(self, model: Decoder, rows: Rows, max_length: int, record: Record | None = None) -> None:
+        """Lay out the cache. `record`: how steps are recorded; None: as CUDA graphs on CUDA, else not at all."""
         config, weight = model.config, next(model.parameters())
         self.model, self.device = model, weight.device
         self._rows = rows
@@ -78,9 +83,18 @@ class PlainDecoding:
             dtype=weight.dtype,
             device=self.device,
         )
+        if record is None and self.device.type == "cuda":
+            record = CudaRecorder()
+        self.graphs: StepGraphs | None = None
+        if record is not None:
+            self.graphs = StepGraphs(
+                self._forward, num_slots=len(rows.rows), max_length=max_length, device=self.device, record=record
+            )
 
     def refresh(self, model: Decoder, *, changed: bool = False) -> None:
-        """Take the weights as they are now."""
+        """Take the weights as they are now. Those of the same decoder are where they were."""
+        if model is not self.model and self.graphs is not None:
+            self.graphs.clear()
         self.model = model
 
     def first(self, slots: Slots, prompts: Sequence[ReadPrompt]) -> Drawn:
@@ -101,8 +115,13 @@ class PlainDecoding:
 
     def decode(self) -> Drawn:
         """One token for every running row."""
-        num, width = self._rows.num, self._width()
+        num = self._rows.num
         table = self._rows.table[:num]
+        if self.graphs is not None:
+            logits_NV = self.graphs.run(table["last"].copy(), table["length"].copy())
+            table["length"] += 1
+            return self.draw(logits_NV, np.arange(num), whole=True)
+        width = self._width()
         lengths, last = np.zeros(width, np.int64), np.zeros(width, np.int64)
         lengths[:num], last[:num] = table["length"], table["last"]
         logits_NV = self.logits(lengths, last)[:num]
@@ -117,6 +136,12 @@ class PlainDecoding:
         attend = SingleTokens(self.cache, lengths_N, longest, ragged=int(lengths.min()) != longest)
         hidden_N1D = self.model.hidden(tokens_N1, positions_BT=lengths_N[:, None], attend=attend)
         return self.model.logits(hidden_N1D[: self._rows.num, 0])
+
+    def _forward(self, tokens_N1: Tensor, lengths_N: Tensor, capacity: int) -> Tensor:
+        """The same in shapes that do not depend on the rows' lengths."""
+        attend = SingleTokens(self.cache, lengths_N, capacity - 1, ragged=True)
+        hidden_N1D = self.model.hidden(tokens_N1, positions_BT=lengths_N[:, None], attend=attend)
+        return self.model.logits(hidden_N1D[:, 0])
 
     def draw(self, logits_NV: Tensor, slots: Slots, *, whole: bool) -> Drawn:
         """A token per slot. `whole`: the slots are all running rows."""

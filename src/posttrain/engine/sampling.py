@@ -26,6 +26,7 @@ class RowSampling:
     min_p_M1: Tensor | None
     max_top_k: int = 0  # of rows that only use top-k; V if a row does not
     num_top_logprobs: int = 0  # the most that any row wants
+    all_greedy: bool = False  # asked of the device here, once for many steps, and not while sampling
 
     @staticmethod
     def of(
@@ -47,6 +48,7 @@ class RowSampling:
             min_p_M1=min_p[rows, None] if some else None,
             max_top_k=int(top_k[rows].max()) if some else 0,
             num_top_logprobs=num_top_logprobs,
+            all_greedy=bool(greedy.all()),
         )
 
 
@@ -76,9 +78,8 @@ def sample(logits_NV: Tensor, uniforms_N: Tensor, how: RowSampling) -> Sampled:
     Returns:
         Tokens and both logprobs. A row with NaN or +inf logits is marked in `valid_N`; its other values mean nothing.
     """
-    all_greedy = how.greedy_N is not None and bool(how.greedy_N.all())
     heated_NV = logits_NV if how.temperatures_N1 is None else logits_NV / how.temperatures_N1
-    if all_greedy:
+    if how.all_greedy:
         policy_lse_N1 = logits_NV.logsumexp(-1, keepdim=True)
         tokens_N1 = logits_NV.argmax(-1, keepdim=True)
         logprobs_N1 = torch.zeros_like(policy_lse_N1)
