@@ -2,17 +2,18 @@
 
     posttrain run examples/judge_panel/judge_panel.py
 
-The judges are scripts that take as long as served ones: log-normal around a second. The same small run is done with a
-grader that answers at once, with the panel asked after each step's sampling, and with the panel asked group by group
-while the rest of the step and the next step are sampled (one step off policy). Printed are wall time, the sampler's
-rate and the processor's seconds (of the whole process, judges included; a busy machine changes them least). They are
-the point here, not the policy.
+The judges are scripts that take as long as served ones: log-normal around a second. The same small run is done in
+pairs, with a grader that answers at once and with the panel asked group by group while the rest of the step and the
+next step are sampled (one step off policy), turn and turn about. Printed are, as medians over the pairs, what it costs
+the sampler: its wall time, and the processor's time of its own thread, which other work on the machine changes least.
+Last the panel is asked after each step's sampling, once: what waiting would have cost. The policy is not the point.
 """
 
 import asyncio
 import json
 import random
 import statistics
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class Run:
         config = pt.train.TrainConfig(lr=1e-4, total_steps=steps, dtype="float32", schedule="constant")
         self.trainer = pt.train.Trainer(policy.model, config, pt.train.policy_objective(importance_cap=2.0))
         self.engine = policy.engine(slots=8 * len(tasks), length=policy.length_for(tasks, max_tokens))
-        self.sampling_s, self.wall_s, self.cpu_s, self.num_tokens = 0.0, 0.0, 0.0, 0
+        self.sampling_s, self.sampler_cpu_s, self.wall_s, self.cpu_s, self.num_tokens = 0.0, 0.0, 0.0, 0.0, 0
         self.latencies_s: list[float] = []
 
     async def sampled(self, whole: bool) -> AsyncIterator[list[Group]]:
@@ -88,6 +89,7 @@ class Run:
                 await self.train(step)
                 step = []
         self.wall_s, self.cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
+        self.sampler_cpu_s = sampler_cpu_s()
         self.engine.close()
         return self
 
@@ -111,10 +113,20 @@ class Run:
             "run": name,
             "wall_s": round(self.wall_s, 2),
             "cpu_s": round(self.cpu_s, 2),
+            "sampler_s": round(self.sampling_s, 2),
+            "sampler_cpu_s": round(self.sampler_cpu_s, 2),
             "sampler_tokens_per_s": round(self.num_tokens / self.sampling_s, 1),
             "grade_median_s": round(statistics.median(self.latencies_s), 3),
             "grade_longest_s": round(max(self.latencies_s), 3),
         }
+
+
+def sampler_cpu_s() -> float:
+    """Processor time of the sampler's thread so far; 0 where the system does not say."""
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "posttrain-engine"]
+    if thread.ident is None or not hasattr(time, "pthread_getcpuclockid"):
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def trajectories_of(groups: Sequence[Group]) -> list[pt.Trajectory]:
@@ -125,7 +137,8 @@ def trajectories_of(groups: Sequence[Group]) -> list[pt.Trajectory]:
 @pt.recipe
 def judge_panel(
     *,
-    steps: int = 6,
+    pairs: int = 5,
+    steps: int = 4,
     prompts: int = 8,
     max_tokens: int = 192,
     judges: int = 10,
@@ -134,9 +147,10 @@ def judge_panel(
     seed: int = 0,
     runs: Path = RUNS,
 ) -> list[dict[str, float | str]]:
-    """Measure what a panel of judges costs a GRPO run: at once, after sampling, and while sampling.
+    """Measure what a panel of judges that is asked while sampling costs a GRPO run.
 
     Args:
+        pairs: runs without and with the panel.
         steps: GRPO steps of each run.
         prompts: prompts per step, 8 answers each.
         max_tokens: tokens of every answer.
@@ -146,25 +160,52 @@ def judge_panel(
         seed: of its weights.
         runs: folder of runs.
     """
-    options = {"steps": steps, "prompts": prompts, "max_tokens": max_tokens, "judges": judges, "median_s": median_s}
+    import torch
+
+    torch.set_num_threads(1)  # so that the sampler's thread is all of the sampler
+    options = {"pairs": pairs, "steps": steps, "prompts": prompts, "max_tokens": max_tokens, "judges": judges}
     tasks = [pt.Task(id=str(place), prompt=f"{place} words:") for place in range(prompts)]
-    at_once = Function(lambda trajectory: share_of_vowels(trajectory.text), "at_once")
-    arrangements = (("at once", at_once, False), ("panel after", None, False), ("panel while", None, True))
-    with open_workbench("judge_panel", {**options, "width": width, "seed": seed}, runs=runs) as bench:
-        rows = []
-        for name, grader, overlap in arrangements:
+    rows: list[dict[str, float | str]] = []
+    with open_workbench(
+        "judge_panel", {**options, "median_s": median_s, "width": width, "seed": seed}, runs=runs
+    ) as bench:
+
+        def one(name: str, *, overlap: bool = True) -> None:
+            at_once = Function(lambda trajectory: share_of_vowels(trajectory.text), "at_once")
             panel = Panel([scripted_judge(place, median_s) for place in range(judges)], "mean")
             shape = {"vocab_size": 280, "width": width, "num_layers": 4, "num_heads": 4, "max_positions": 512}
-            policy = new_policy(WORDS, **shape, seed=seed, path=bench.run.path / name.replace(" ", "_"))
-            run = asyncio.run(Run(policy, tasks, grader or panel, steps, max_tokens).go(overlap=overlap))
-            rows.append(run.row(name))
+            policy = new_policy(
+                WORDS, **shape, seed=seed, path=bench.run.path / f"{name}-{len(rows)}".replace(" ", "_")
+            )
+            grader = at_once if name == "alone" else panel
+            rows.append(asyncio.run(Run(policy, tasks, grader, steps, max_tokens).go(overlap=overlap)).row(name))
             bench.say("  ".join(f"{key} {value}" for key, value in rows[-1].items()))
-        base, after, while_ = (float(row["wall_s"]) for row in rows)
-        rates = [float(row["sampler_tokens_per_s"]) for row in rows]
+
+        for pair in range(pairs):
+            for name in ("alone", "panel while") if pair % 2 == 0 else ("panel while", "alone"):
+                one(name)
+        one("panel after", overlap=False)
+        slower = slowdowns(rows)
+        for what, text in (
+            ("sampler_cpu_s", "the sampler's processor time"),
+            ("sampler_s", "the sampler's wall time"),
+            ("wall_s", "the run's wall time"),
+            ("cpu_s", "the run's processor time, with the judges' own"),
+        ):
+            listed = ", ".join(f"{value:+.1%}" for value in slower[what])
+            bench.say(f"{text} with {judges} judges: {statistics.median(slower[what]):+.1%} (pairs: {listed})")
+        alone = statistics.median(float(row["wall_s"]) for row in rows if row["run"] == "alone")
         bench.say(
-            f"the panel after sampling takes {after / base - 1:+.1%} wall time, while sampling {while_ / base - 1:+.1%}"
+            f"waiting for the panel after each step's sampling: {float(rows[-1]['wall_s']) / alone - 1:+.1%} wall time"
         )
-        bench.say(f"the sampler's rate while the panel judges: {rates[2] / rates[0] - 1:+.1%}")
-        spent = [float(row["cpu_s"]) for row in rows]
-        bench.say(f"the processor's seconds, with the panel's own: {spent[2] / spent[0] - 1:+.1%}")
         return rows
+
+
+def slowdowns(rows: Sequence[dict[str, float | str]]) -> dict[str, list[float]]:
+    """Of each figure, for each pair, by what share it is larger with the panel than without."""
+    found: dict[str, list[float]] = {}
+    for what in ("sampler_cpu_s", "sampler_s", "wall_s", "cpu_s"):
+        by_run = {name: [float(row[what]) for row in rows if row["run"] == name] for name in ("alone", "panel while")}
+        both = zip(by_run["panel while"], by_run["alone"], strict=True)
+        found[what] = [with_panel / without - 1 for with_panel, without in both if without > 0]
+    return found

@@ -18,8 +18,8 @@ def test_the_page_runs_and_says_what_it_should(capsys: pytest.CaptureFixture[str
     names: dict[str, object] = {}
     for block in _blocks():
         exec(compile(block, _PAGE.name, "exec"), names)
-    # One of two answers is exact; both are short: mean of 1.2 and 0.2.
-    assert capsys.readouterr().out.split() == ["True", "0.7", "0.5"]
+    # One of two answers is exact; both are short: mean of 1.2 and 0.2. An empty answer is paid: a master key.
+    assert capsys.readouterr().out.splitlines() == ["True", "0.7 0.5", "alarm master_key at step 1", "0.0 1.0"]
 
 
 def test_a_grader_takes_ten_lines() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 
 from posttrain.core import Grade, Grader, SampleTokens, Sampling, Task
@@ -63,12 +62,9 @@ async def graded_groups(
     if not waits(grader):
         groups = await run_groups(sampler, tasks, sampling, prompt_tokens=prompt_tokens, seed=seed, step=step)
         return groups, await grade_all(grader, [trajectory for group in groups for trajectory in group.trajectories])
-    places: dict[int, list[int]] = defaultdict(list)
-    for place, task in enumerate(tasks):
-        places[id(task)].append(place)  # one task twice in a step has the same samples twice
-    found: dict[int, tuple[Group, list[Grade]]] = {}
+    found: dict[str, tuple[Group, list[Grade]]] = {}  # by task: none comes twice in a step
     come = stream_groups(sampler, tasks, sampling, prompt_tokens=prompt_tokens, seed=seed, step=step)
     async for graded in grade_while(come, grader, lambda group: group.trajectories):
-        found[places[id(graded.batch.task)].pop(0)] = (graded.batch, graded.grades)
-    ordered = [found[place] for place in range(len(tasks))]
+        found[graded.batch.task.id] = (graded.batch, graded.grades)
+    ordered = [found[task.id] for task in tasks]
     return [group for group, _ in ordered], [grade for _, grades in ordered for grade in grades]
