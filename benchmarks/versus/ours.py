@@ -23,6 +23,7 @@ from versus.reward import reward_of
 from posttrain import models, objectives
 from posttrain.core import Example, Grade, Sampling, Task, TokenSequence, Trajectory
 from posttrain.engine import LocalEngine
+from posttrain.grade import WatchedGrader
 from posttrain.recipes.policy import load_policy
 from posttrain.recipes.rl_learner import Learner
 from posttrain.recipes.rl_loop import sample_step, sampled_metrics, tokens_of
@@ -138,6 +139,21 @@ class CheapReward:
         return Grade(score=reward_of(trajectory.text), grader=self.name)
 
 
+class Nowhere:
+    """Takes a run's metrics and events, and keeps none: nothing is written while the clock runs."""
+
+    @property
+    def tracker(self) -> Nowhere:
+        """Itself."""
+        return self
+
+    def log(self, *rest: Any, **named: Any) -> None:
+        """See `core.Tracker`."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """See `grade.TellsRun`."""
+
+
 def grpo_runner(sizes: Mapping[str, Any], inputs: Mapping[str, Any], dtype: str) -> Runner:
     """One step of the recipe's loop: move the weights to the sampler, sample, grade, credit, update."""
     policy = load_policy(inputs["folder"])
@@ -161,10 +177,11 @@ def grpo_runner(sizes: Mapping[str, Any], inputs: Mapping[str, Any], dtype: str)
     engine = policy.engine(slots=slots, length=length, dtype=dtype, seed=config.seed, inline=True)
     end_at(engine, lambda name, index: lengths[int(name.partition("/")[0]) * siblings + index])
     sampling = Sampling(max_tokens=config.max_tokens, n=siblings, ignore_eos=True)
+    grader = WatchedGrader(CheapReward(), Nowhere())
 
     def work() -> float:
         engine.update_weights(policy.model, version=learner.step)
-        filled = asyncio.run(sample_step(engine, policy, source, sampling, CheapReward(), config))
+        filled = asyncio.run(sample_step(engine, policy, source, sampling, grader, config))
         learner.learn(filled.kept or filled.dropped)
         sampled_metrics(filled)
         return float(tokens_of(filled))

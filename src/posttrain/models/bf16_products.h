@@ -202,6 +202,8 @@ static inline void pack_turned(const bf16 *a, long stride, long k, long m, long 
         const __mmask8 here = (__mmask8)((1u << width) - 1);
         for (long p = pair; p < last; p++) {
             const bf16 *row = a + 2 * p * stride + first;
+            __builtin_prefetch(row + 128); /* the rows lie too far apart for the processor to foresee */
+            __builtin_prefetch(row + stride + 128);
             const __m256i low = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(here, row));
             const __m256i high = 2 * p + 1 < k ? _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(here, row + stride))
                                                : _mm256_setzero_si256();

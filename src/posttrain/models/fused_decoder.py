@@ -9,6 +9,8 @@ Shapes: N tokens of all sequences, M of them computed, P places, D width, K numb
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -42,7 +44,7 @@ def shares_prefixes(model: nn.Module, device: torch.device, dtype: torch.dtype) 
         and fused.available(device, dtype)
         and fused_prefix.supported(config.head_dim)
         and fused_linear.supported()
-        and not any(_hooked(part) for block in model.layers for part in (block, block.attention, block.mlp))
+        and not any(_hooked(part) for block in _blocks(model) for part in (block, block.attention, block.mlp))
         and not _hooked(model)
     )
 
@@ -61,7 +63,7 @@ def packed_states(model: Decoder, tokens_N: Tensor, row: SharedRow, places_P: Te
     wanted_P = row.place_N.index_select(0, places_P)
     recompute = model.recompute_layers and torch.is_grad_enabled()
     last = len(model.layers) - 1
-    for index, block in enumerate(model.layers):
+    for index, block in enumerate(_blocks(model)):
         arguments = (block, x_MD, angles, row, wanted_P if index == last else None)
         x_MD = checkpoint(_layer, *arguments, use_reentrant=False) if recompute else _layer(*arguments)
     return fused_norm(model.final_norm, x_MD, torch.float32)[1]
@@ -91,6 +93,10 @@ def _angles(model: Decoder, position_M: Tensor) -> Angles:
         return None
     cos, sin = (x_1M1K[0, :, 0].contiguous() for x_1M1K in model.rope.rotation(position_M[None], torch.float32))
     return cos, sin
+
+
+def _blocks(model: Decoder) -> list[Block]:
+    return cast("list[Block]", list(model.layers))
 
 
 def _hooked(module: nn.Module) -> bool:

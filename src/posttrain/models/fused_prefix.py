@@ -84,8 +84,13 @@ def share(
                 token, made = token + length, made + rest
             firsts.append(len(segments))
         sequence += num
-    joined = (torch.from_numpy(np.concatenate(parts)) for parts in (kept, places, positions))
-    return SharedRow(*joined, torch.from_numpy(np.cumsum([0, *segments])), torch.tensor(firsts))
+    return SharedRow(
+        kept_M=torch.from_numpy(np.concatenate(kept)),
+        place_N=torch.from_numpy(np.concatenate(places)),
+        position_M=torch.from_numpy(np.concatenate(positions)),
+        starts=torch.from_numpy(np.cumsum([0, *segments])),
+        firsts=torch.tensor(firsts),
+    )
 
 
 def supported(head_dim: int) -> bool:

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(BF16) && defined(__AVX512BF16__)
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -99,6 +99,20 @@ static inline lanes counting(float from) {
     return from + (lanes){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 }
 
+#ifdef __AVX512F__
+/* exp(x) to 2^-22 for x <= 88: 2^n times the series of 2^r; 0 far below 0, NaN stays NaN. */
+static inline lanes exp_of(lanes x) {
+    const __m512 turns = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x), _mm512_set1_ps(1.44269504f));
+    const __m512 n = _mm512_roundscale_ps(turns, 0), r = _mm512_sub_ps(turns, n);
+    __m512 sum = _mm512_set1_ps(1.535336188e-4f);
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.339887440e-3f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(9.618437357e-3f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(5.550332471e-2f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(2.402264791e-1f));
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(6.931472029e-1f));
+    return (lanes)_mm512_scalef_ps(_mm512_fmadd_ps(sum, r, _mm512_set1_ps(1.0f)), n);
+}
+#else
 /* exp(x), to a few units in the last place, for x <= 88; 0 below -87; NaN stays NaN. 2^n from exponent bits, e^r by its
  * series. */
 static inline lanes exp_of(lanes x) {
@@ -112,3 +126,4 @@ static inline lanes exp_of(lanes x) {
     lanes power = (lanes)(((lanes_u)shifted + 127u) << 23);
     return (lanes)((lanes_i)(series * power) & ~lost);
 }
+#endif

@@ -17,10 +17,10 @@ enum {
     QUERIES = 12,             /* rows that are multiplied together */
     BLOCK = 4 * QUERIES,      /* queries of one sum over queries */
     TILE = 32,                /* keys that lie side by side */
-    CHUNK = 3 * TILE,         /* keys of one softmax: a multiple of QUERIES too */
+    CHUNK = 3 * TILE,         /* keys of one pass of backward: a multiple of QUERIES too */
+    REACH = 12 * TILE,        /* keys of one softmax, likewise */
     WIDEST = 128,             /* numbers of a head */
-    QWORDS = WIDEST / 2,      /* from query to query */
-    CWORDS = CHUNK / 2        /* from row to row of a chunk's weights */
+    QWORDS = WIDEST / 2       /* from query to query */
 };
 
 int prefix_supported(int width) { return width > 0 && width % TILE == 0 && width <= WIDEST; }
@@ -62,14 +62,16 @@ static inline __attribute__((always_inline)) void product(const uint32_t *a, con
 }
 
 /* Scores of twelve queries (or anything whose rows lie QWORDS apart) and the keys of a few tiles. */
-static void score(const uint32_t *rows, const uint32_t *panels, long tiles, long K, float *to) {
+static void score(const uint32_t *rows, const uint32_t *panels, long tiles, long K, float *to, long stride) {
     for (long t = 0; t < tiles; t++)
-        product(rows, QWORDS, 1, panels + t * TILE * K / 2, TILE, K / 2, to + t * TILE, CHUNK, 0);
+        product(rows, QWORDS, 1, panels + t * TILE * K / 2, TILE, K / 2, to + t * TILE, stride, 0);
 }
 
 /* out[12][K] += weights[12][keys] times rows of keys, zipped two by two. */
-static void weigh(const uint32_t *weights, const uint32_t *zipped, long tiles, long K, float *out) {
-    for (long c = 0; c < K; c += TILE) product(weights, CWORDS, 1, zipped + c, K, tiles * TILE / 2, out + c, K, 1);
+static inline __attribute__((always_inline)) void weigh(const bf16 *weights, const long stride, const uint32_t *zipped,
+                                                        long tiles, long K, float *out) {
+    for (long c = 0; c < K; c += TILE)
+        product((const uint32_t *)weights, stride / 2, 1, zipped + c, K, tiles * TILE / 2, out + c, K, 1);
 }
 
 /* sums[keys][K] += turned weights times rows of queries, both zipped two by two. */
@@ -138,7 +140,8 @@ static void read_rows(const task *t, long family, long head, int turning, uint32
 
 /* What lies behind the last key that a row sees becomes -infinity. */
 static inline void hide(float *row, long from, long width, long last) {
-    for (long c = 0; c < width; c += LANES)
+    const long seen = last - from + 1; /* of this row's columns */
+    for (long c = seen > 0 ? seen / LANES * LANES : 0; c < width; c += LANES)
         store(row + c, choose(counting((float)(from + c)) > (float)last, all(-INFINITY), load(row + c)));
 }
 
@@ -159,11 +162,8 @@ static int spans_of(const task *t, long family, long segment, long tile, span fo
 /* The softmax of a chunk's scores, with running maximum and sum; weights in bf16. Rows of `out` are scaled down. */
 static inline void soften(float *scores, long width, float *top, float *total, bf16 *weights, float *out, long K) {
     lanes most = load(scores);
-    for (long c = LANES; c < width; c += LANES) {
-        const lanes x = load(scores + c);
-        most = choose(x > most, x, most);
-    }
-    const float here = most_of(most);
+    for (long c = LANES; c < width; c += LANES) most = (lanes)_mm512_max_ps((__m512)most, (__m512)load(scores + c));
+    const float here = _mm512_reduce_max_ps((__m512)most);
     float best = here > *top ? here : *top;
     if (best == -INFINITY) best = -1e30f; /* nothing seen in this chunk yet */
     const float shrink = *total > 0.0f ? expf(*top - best) : 0.0f;
@@ -175,29 +175,29 @@ static inline void soften(float *scores, long width, float *top, float *total, b
     }
     if (*total > 0.0f && shrink != 1.0f)
         for (long i = 0; i < K; i += LANES) store(out + i, load(out + i) * shrink);
-    *total = *total * shrink + sum_of(added);
+    *total = *total * shrink + _mm512_reduce_add_ps((__m512)added);
     *top = best;
 }
 
 /* Twelve queries of one head. */
 static void attend(const uint32_t *queries, const span *spans, int num, long first, long last, const uint32_t *keys,
                    const uint32_t *values, float *out, float *lse, long K) {
-    float scores[QUERIES * CHUNK], top[QUERIES], total[QUERIES];
-    bf16 weights[QUERIES * CHUNK];
+    float scores[QUERIES * REACH], top[QUERIES], total[QUERIES];
+    bf16 weights[QUERIES * REACH];
     for (int r = 0; r < QUERIES; r++) top[r] = -INFINITY, total[r] = 0.0f;
     memset(out, 0, (size_t)(QUERIES * K) * sizeof(float));
     for (int s = 0; s < num; s++) {
         const long end = spans[s].own ? last + 1 : spans[s].keys;
-        for (long start = 0; start < end; start += CHUNK) {
-            const long tiles = tiles_of(least(CHUNK, end - start)), width = tiles * TILE;
+        for (long start = 0; start < end; start += REACH) {
+            const long tiles = tiles_of(least(REACH, end - start)), width = tiles * TILE;
             const long at = (spans[s].tile * TILE + start) * K / 2;
-            score(queries, keys + at, tiles, K, scores);
+            score(queries, keys + at, tiles, K, scores, REACH);
             for (long r = 0; r < QUERIES; r++) {
                 const long seen = spans[s].own ? least(first + r, last) : spans[s].keys - 1;
-                if (start + width - 1 > seen) hide(scores + r * CHUNK, start, width, seen);
-                soften(scores + r * CHUNK, width, top + r, total + r, weights + r * CHUNK, out + r * K, K);
+                if (start + width - 1 > seen) hide(scores + r * REACH, start, width, seen);
+                soften(scores + r * REACH, width, top + r, total + r, weights + r * REACH, out + r * K, K);
             }
-            weigh((const uint32_t *)weights, values + at, tiles, K, out);
+            weigh(weights, REACH, values + at, tiles, K, out);
         }
     }
     for (int r = 0; r < QUERIES; r++) {
@@ -249,8 +249,8 @@ typedef struct {
 static void slopes_of(block *b, long row, const uint32_t *keys, const uint32_t *values, long tiles, long K,
                       const long seen[QUERIES], long start) {
     const long width = tiles * TILE;
-    score(b->queries + row * QWORDS, keys, tiles, K, b->scores);
-    score(b->pulls + row * QWORDS, values, tiles, K, b->changes);
+    score(b->queries + row * QWORDS, keys, tiles, K, b->scores, CHUNK);
+    score(b->pulls + row * QWORDS, values, tiles, K, b->changes, CHUNK);
     for (long r = 0; r < QUERIES; r++) {
         float *weight = b->scores + r * CHUNK, *change = b->changes + r * CHUNK;
         if (start + width - 1 > seen[r]) hide(weight, start, width, seen[r]);
@@ -289,7 +289,7 @@ static void pull_block(block *b, const span *spans, int num, long first, long ro
                     }
                 if (!near) continue;
                 slopes_of(b, row, f->key_panels + at, f->value_panels + at, near, K, seen, start);
-                weigh((const uint32_t *)(b->slopes + row * CHUNK), f->key_rows + at, near, K, b->grads + row * K);
+                weigh(b->slopes + row * CHUNK, CHUNK, f->key_rows + at, near, K, b->grads + row * K);
             }
             zip(b->slopes, CHUNK, BLOCK, CHUNK, b->turned, CHUNK);
             spread(b->turned, b->zipped_queries, width, K, f->grad_keys + key * K);
