@@ -5,7 +5,7 @@
 The judges are scripts that take as long as served ones: log-normal around a second. The same small run is done in
 pairs, with a grader that answers at once and with the panel asked group by group while the rest of the step and the
 next step are sampled (one step off policy), turn and turn about. Printed are, as medians over the pairs, what it costs
-the sampler: its wall time, and the processor's time of its own thread, which other work on the machine changes least.
+the sampler: its wall time, and the processor's time while it samples, which other work on the machine changes least.
 Last the panel is asked after each step's sampling, once: what waiting would have cost. The policy is not the point.
 """
 
@@ -13,7 +13,6 @@ import asyncio
 import json
 import random
 import statistics
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -64,14 +63,16 @@ class Run:
     async def sampled(self, whole: bool) -> AsyncIterator[list[Group]]:
         """Groups one by one as they are done, or a step's groups together (`whole`)."""
         for step in range(self.steps):
-            started_s = time.perf_counter()
+            started_s, cpu_s = time.perf_counter(), time.process_time()
             prompt = self.policy.renderer.prompt
             stream = stream_groups(self.engine, self.tasks, self.sampling, prompt_tokens=prompt, seed=0, step=step)
             held: list[Group] = []
             left = len(self.tasks)
             async for group in stream:
                 left -= 1
-                self.sampling_s += time.perf_counter() - started_s if left == 0 else 0.0
+                if left == 0:
+                    self.sampling_s += time.perf_counter() - started_s
+                    self.sampler_cpu_s += time.process_time() - cpu_s
                 held.append(group)
                 if left == 0 or not whole:
                     yield held
@@ -89,7 +90,6 @@ class Run:
                 await self.train(step)
                 step = []
         self.wall_s, self.cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
-        self.sampler_cpu_s = sampler_cpu_s()
         self.engine.close()
         return self
 
@@ -119,14 +119,6 @@ class Run:
             "grade_median_s": round(statistics.median(self.latencies_s), 3),
             "grade_longest_s": round(max(self.latencies_s), 3),
         }
-
-
-def sampler_cpu_s() -> float:
-    """Processor time of the sampler's thread so far; 0 where the system does not say."""
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "posttrain-engine"]
-    if thread.ident is None or not hasattr(time, "pthread_getcpuclockid"):
-        return 0.0
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
 
 def trajectories_of(groups: Sequence[Group]) -> list[pt.Trajectory]:
@@ -162,7 +154,7 @@ def judge_panel(
     """
     import torch
 
-    torch.set_num_threads(1)  # so that the sampler's thread is all of the sampler
+    torch.set_num_threads(1)  # a second one would wait at barriers, and be counted
     options = {"pairs": pairs, "steps": steps, "prompts": prompts, "max_tokens": max_tokens, "judges": judges}
     tasks = [pt.Task(id=str(place), prompt=f"{place} words:") for place in range(prompts)]
     rows: list[dict[str, float | str]] = []
@@ -187,7 +179,7 @@ def judge_panel(
         one("panel after", overlap=False)
         slower = slowdowns(rows)
         for what, text in (
-            ("sampler_cpu_s", "the sampler's processor time"),
+            ("sampler_cpu_s", "the processor's time while sampling, judges' own included,"),
             ("sampler_s", "the sampler's wall time"),
             ("wall_s", "the run's wall time"),
             ("cpu_s", "the run's processor time, with the judges' own"),

@@ -63,6 +63,7 @@ from posttrain.grade.sql_result import SqlResult, sql_in
 from posttrain.grade.sql_runner import QueryLimits, QueryResult, QueryRunner
 from posttrain.grade.text import Exact, Length, Regex
 from posttrain.grade.tool_call import NoToolCall, ToolCalls, bfcl_task, tool_calls_in
+from posttrain.grade.tool_turns import bfcl_turns
 from posttrain.grade.url_guard import UrlGuard, UrlRefused
 from posttrain.grade.watched import TellsRun, WatchedGrader
 from posttrain.grade.word_overlap import Contains, WordF1, answer_words, word_f1
@@ -160,6 +161,7 @@ __all__ = [
     "answer_words",
     "asks_for_marks",
     "bfcl_task",
+    "bfcl_turns",
     "boxed",
     "check_failures",
     "choice_task",
