@@ -8,6 +8,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,12 @@ def test_nothing_speaks_of_a_machine() -> None:
         if path.suffix in {".py", ".md", ".toml", ".txt", ".html"} and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
             assert "/work" + "/" not in text, f"{name} holds a path of one machine"
+
+
+def test_the_wheel_carries_every_file_that_is_not_python() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["posttrain"]
+    carried = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert {path.suffix for path in others} >= {".c", ".h", ".html"}
+    assert not others - carried
