@@ -85,7 +85,7 @@ def entries() -> list[Entry]:
 def _supervised() -> list[Entry]:
     learned = "256 right answers"
     return [
-        Entry("pretrain (more)", "supervised", "pretrain", "the corpus, wrong as it is", _more_pretraining),
+        Entry("continued pre-training", "supervised", "pretrain", "documents without mistakes", _more_pretraining),
         Entry("sft", "supervised", "sft", learned, _fixed("gold", **SFT)),
         Entry("sft, LoRA", "adapter", "sft", learned, _fixed("gold", **SFT | LORA)),
         Entry("sft, DoRA", "adapter", "sft", learned, _fixed("gold", **SFT | LORA, dora=True)),
@@ -117,7 +117,7 @@ def _supervised() -> list[Entry]:
 
 
 def _more_pretraining(world: World, models: Mapping[str, Path]) -> dict[str, Any]:
-    return {**_fixed("corpus", epochs=1.0, batch_size=64, held_out=0, lr=1e-3)(world, models), "max_length": 32}
+    return {**_fixed("documents", epochs=1.0, batch_size=64, held_out=0, lr=1e-3)(world, models), "max_length": 32}
 
 
 def _distillation() -> list[Entry]:
@@ -145,8 +145,20 @@ def _distillation() -> list[Entry]:
 
 def _preference() -> list[Entry]:
     pairs, labels = "pairs of its own right and wrong answers", "its own answers, labelled"
+    suited = {
+        # ORPO is fine-tuning with a penalty: its authors' rate is 16 times DPO's, and here that of SFT.
+        "orpo": (pairs, "pairs", {"lr": SFT["lr"]}),
+        # For models that are better than what is chosen (APO, arXiv 2408.06266): both answers are wrong here.
+        "apo_down": ("pairs of its own wrong answers, one nearer", "lesser_pairs", {"epochs": 2.0}),
+    }
+    plain: tuple[str, str, dict[str, Any]] = (pairs, "pairs", {})
+
+    def of_pairs(loss: str) -> Entry:
+        learned, file, own = suited.get(loss, plain)
+        return Entry(_dpo_name(loss), "preference", "dpo", learned, _fixed(file, loss=loss, **{**PAIRS, **own}))
+
     return [
-        *(Entry(_dpo_name(loss), "preference", "dpo", pairs, _fixed("pairs", loss=loss, **PAIRS)) for loss in METHODS),
+        *map(of_pairs, METHODS),
         Entry("dpo, LoRA", "adapter", "dpo", pairs, _fixed("pairs", **PAIRS | {"lora_rank": 8, "lr": 3e-4})),
         *(
             Entry(loss, "preference", "kto", labels, _fixed("labels", loss=loss, **PAIRS | {"epochs": 4.0}))

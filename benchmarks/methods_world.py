@@ -44,7 +44,7 @@ class World(NamedTuple):
     held_out: list[Task]
 
     def file(self, name: str) -> str:
-        """Path of a data file: prompts, gold, pairs, labels, steps."""
+        """Path of a data file: prompts, gold, documents, pairs, lesser_pairs, labels, steps."""
         return str(self.folder / f"{name}.jsonl")
 
 
@@ -127,8 +127,10 @@ async def answered(policy: Policy, tasks: Sequence[Task], samples: int, seed: in
 
 
 def offline_rows(asked: Sequence[tuple[Task, list[str]]]) -> dict[str, list[dict[str, object]]]:
-    """Rows for offline methods from a policy's own answers: right and wrong in pairs, labels, labelled letters."""
+    """Rows for offline methods from a policy's own answers: right and wrong in pairs, pairs of which both are wrong and
+    the chosen one is nearer, labels, labelled letters."""
     pairs: list[dict[str, object]] = []
+    lesser: list[dict[str, object]] = []
     labels: list[dict[str, object]] = []
     steps: list[dict[str, object]] = []
     for task, texts in asked:
@@ -137,11 +139,14 @@ def offline_rows(asked: Sequence[tuple[Task, list[str]]]) -> dict[str, list[dict
         wrong = sorted({text.strip() for text in texts if text.strip() and text.strip() != answer})
         if right and wrong:
             pairs.append({"prompt": task.prompt, "chosen": right[0], "rejected": wrong[0]})
+        near = sorted(wrong, key=lambda text: -sum(one == other for one, other in zip(text, answer, strict=False)))
+        if len(near) > 1:  # what is chosen is wrong too: the model can do better
+            lesser.append({"prompt": task.prompt, "chosen": near[0], "rejected": near[-1]})
         for text in (*right[:1], *wrong[:1]) if right and wrong else ():
             labels.append({"prompt": task.prompt, "completion": text, "label": text == answer})
             each = [text[place : place + 1] == answer[place : place + 1] for place in range(len(text))]
             steps.append({"prompt": task.prompt, "completions": list(text), "labels": each})
-    return {"pairs": pairs, "labels": labels, "steps": steps}
+    return {"pairs": pairs, "lesser_pairs": lesser, "labels": labels, "steps": steps}
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
@@ -154,7 +159,7 @@ def make_world(folder: Path, *, seed: int, num_train: int = 800, num_held_out: i
     known, held_out = questions(NUM_CORPUS + num_train, num_held_out, seed)
     read, train = known[:NUM_CORPUS], known[NUM_CORPUS:]
     world = World(folder, folder / "start", folder / "teacher", train, held_out)
-    done = folder / "done"
+    done = folder / "done-2"  # a world with other files has another number
     if done.exists():
         return world
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +168,7 @@ def make_world(folder: Path, *, seed: int, num_train: int = 800, num_held_out: i
     rows = offline_rows(asked) | {
         "prompts": [{"prompt": task.prompt, "answer": task.answer} for task in train],
         "gold": [{"prompt": task.prompt, "completion": task.answer} for task in train[:256]],
-        "corpus": [{"text": f"{task.prompt}{task.answer}"} for task in corpus(read, seed + 1)],
+        "documents": [{"text": f"{task.prompt}{task.answer}"} for task in read],
     }
     for name, lines in rows.items():
         write_rows(folder / f"{name}.jsonl", lines)

@@ -22,7 +22,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = {name: importlib.import_module(name) for name in ("methods_world", "methods_entries")}
+    found = {name: importlib.import_module(name) for name in ("methods_world", "methods_entries", "methods")}
     yield found
     for name in found:
         sys.modules.pop(name, None)
@@ -66,7 +66,23 @@ def test_the_worlds_answers_are_right_and_its_halves_apart(modules: dict[str, Mo
     assert 0.3 < right < 0.55, "the corpus is wrong more often than not"
     rows = world.offline_rows([(Task(id="a", prompt="Sba=", answer="ab"), ["ab", "ba", "ba", ""])])
     assert rows["pairs"] == [{"prompt": "Sba=", "chosen": "ab", "rejected": "ba"}]
+    assert rows["lesser_pairs"] == []
+    wrong = world.offline_rows([(Task(id="a", prompt="Scab=", answer="abc"), ["bca", "acb", "abc", "cba"])])
+    (lesser,) = wrong["lesser_pairs"]  # "acb" and "cba" have one letter in its place, "bca" none
+    assert lesser == {"prompt": "Scab=", "chosen": "acb", "rejected": "bca"}
     assert [row["label"] for row in rows["labels"]] == [True, False]
     assert [row["labels"] for row in rows["steps"]] == [[True, True], [False, False]]
     (grade,) = asyncio.run(grade_all(Exact(), [trajectory_from_text(train[0], train[0].answer or "")]))
     assert grade.score == 1.0
+
+
+def test_p_values_are_corrected_for_the_whole_table(modules: dict[str, ModuleType]) -> None:
+    """Holm by hand: the smallest of four times four, the next times three, never below the one before."""
+
+    def row(name: str, p_value: float, wins: int = 9) -> dict[str, object]:
+        return {"name": name, "p_value": p_value, "wins": wins, "losses": 4}
+
+    rows = [row("c", 0.012), row("a", 0.01), row("d", 0.04), {"name": "reward model", "report": {}}, row("b", 0.001)]
+    found = modules["methods"].holm(rows)
+    assert {name: round(value, 4) for name, value in found.items()} == {"b": 0.004, "a": 0.03, "c": 0.03, "d": 0.04}
+    assert modules["methods"].holm([row("worse", 1e-9, wins=1)]) == {"worse": 1.0}
