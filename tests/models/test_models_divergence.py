@@ -107,13 +107,13 @@ def test_no_more_than_a_chunk_of_logits(case: SimpleNamespace, monkeypatch: pyte
 
     module = sys.modules[function.__module__]
     sizes: list[int] = []
-    product = module._product
+    product = module.head_product
 
     def watched(hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         sizes.append(len(hidden))
         return product(hidden, *rest)
 
-    monkeypatch.setattr(module, "_product", watched)
+    monkeypatch.setattr(module, "head_product", watched)
     found = function(
         a_head(case.weight_VD),
         case.hidden_ND,

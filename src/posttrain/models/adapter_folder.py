@@ -21,7 +21,7 @@ from torch import Tensor
 from posttrain.core import ConfigError, ModelError
 from posttrain.models.adapters import adaptable, place_adapters
 from posttrain.models.decoder import Decoder
-from posttrain.models.folder import _read_json, _take_place
+from posttrain.models.folder import read_json, take_place
 from posttrain.models.lora import LoraConfig, LoraLinear, lora_layers
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -58,7 +58,7 @@ def base_of(path: Path | str) -> str:
         ModelError: the configuration does not name it.
     """
     path = Path(path)
-    name = _read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{path / ADAPTER_CONFIG}: base_model_name_or_path is missing; name the base model yourself")
     beside = path / str(name)
@@ -89,7 +89,7 @@ def save_adapters(model: Decoder, path: Path | str, *, base: str | Path) -> Path
         values = json.dumps(_peft_config(model, layers, str(base)), indent=2, sort_keys=True)
         (partial / ADAPTER_CONFIG).write_text(values + "\n", encoding="utf-8")
         save_file(to_peft_tensors(model), partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        _take_place(partial, path)
+        take_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -176,7 +176,7 @@ def _targets(model: Decoder, layers: Mapping[str, LoraLinear]) -> list[str]:
 
 
 def _read_config(path: Path) -> LoraConfig:
-    values = _read_json(path / ADAPTER_CONFIG)
+    values = read_json(path / ADAPTER_CONFIG)
     where = path / ADAPTER_CONFIG
     if values.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type {values.get('peft_type')!r} is not supported; only LORA is")

@@ -61,11 +61,11 @@ def load(path: Path | str, *, dtype: torch.dtype | str = "float32", device: torc
             another shape than config.json says.
     """
     folder = resolve(path)
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values.get("quantization_config"):
         raise ModelError(f"{folder}: quantised weights are not supported; use the unquantised model")
     config = DecoderConfig.from_hf(values, where=str(folder / "config.json"))
-    config = config.replace(eos_ids=_all_eos_ids(config, folder))
+    config = config.replace(eos_ids=all_eos_ids(config, folder))
     if dtype == "auto":
         dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     with torch.device("meta"):
@@ -109,12 +109,12 @@ def save(
     partial.mkdir()
     try:
         if tokenizer_files is not None:
-            _copy_tokenizer(Path(tokenizer_files), partial)
+            copy_tokenizer(Path(tokenizer_files), partial)
         if tokenizer is not None:
             tokenizer.save(partial)
         (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _write_weights(model, partial, max_shard_size)
-        _take_place(partial, path)
+        take_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -147,7 +147,12 @@ def to_hf_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield name, (part.T if entry.transposed else part).to(dtype)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder.
+
+    Raises:
+        ModelError: it is absent or no JSON.
+    """
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -157,19 +162,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _all_eos_ids(config: DecoderConfig, folder: Path) -> list[int]:
+def all_eos_ids(config: DecoderConfig, folder: Path) -> list[int]:
     """Chat models list their end-of-turn token only in generation_config.json."""
     ids = list(config.eos_ids)
     path = folder / "generation_config.json"
     if path.exists():
-        more = _read_json(path).get("eos_token_id")
+        more = read_json(path).get("eos_token_id")
         ids += [] if more is None else more if isinstance(more, list) else [more]
     return list(dict.fromkeys(ids))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder.
+
+    Raises:
+        ModelError: there is none, or one that the index names is absent.
+    """
     if (folder / INDEX).exists():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
         lost = [name for name in names if not (folder / name).exists()]
         if lost:
             raise ModelError(f"{folder}: {INDEX} names files that are not there: {', '.join(lost)}")
@@ -189,13 +199,13 @@ def _fill(model: Decoder, folder: Path) -> None:
     seen: set[str] = set()
     unexpected: list[str] = []
     tied_head: Tensor | None = None
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     canonical = canonical_name(name, model.config)
                     if canonical in places:
-                        _copy_part(state, *places[canonical], tensors.get_tensor(name), f"{file}: {name}")
+                        copy_part(state, *places[canonical], tensors.get_tensor(name), f"{file}: {name}")
                         seen.add(canonical)
                     elif canonical == "lm_head.weight":
                         tied_head = tensors.get_tensor(name)
@@ -209,12 +219,13 @@ def _fill(model: Decoder, folder: Path) -> None:
     if missing or unexpected:
         raise ModelError(
             f"{folder}: the weights do not fit config.json (family {model.config.family}): "
-            f"missing {_some(missing)}; unexpected {_some(unexpected)}"
+            f"missing {some_of(missing)}; unexpected {some_of(unexpected)}"
             + ("; an output head that is the embedding needs tie_word_embeddings: true" * ("lm_head.weight" in missing))
         )
 
 
-def _copy_part(state: dict[str, Tensor], entry: Entry, index: int, theirs: Tensor, where: str) -> None:
+def copy_part(state: dict[str, Tensor], entry: Entry, index: int, theirs: Tensor, where: str) -> None:
+    """Put a tensor of the folder in its place in ours, or in its share of the rows."""
     ours = state[entry.ours]
     target = torch.split(ours, list(entry.rows))[index] if entry.rows else ours
     if entry.transposed:
@@ -233,12 +244,14 @@ def _check_tied_head(head: Tensor, embed: Tensor, folder: Path) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     shown = ", ".join(names[:5])
     return (shown + f" and {len(names) - 5} more" if len(names) > 5 else shown) or "none"
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files from one folder to another."""
     if not source.is_dir():
         raise ModelError(f"{source}: no such folder to copy the tokenizer from")
     for name in TOKENIZER_FILES:
@@ -272,7 +285,7 @@ def _write_weights(model: Decoder, folder: Path, max_shard_size: int) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
-def _take_place(partial: Path, path: Path) -> None:
+def take_place(partial: Path, path: Path) -> None:
     """Sync every file and the folder, then rename; a folder that was there is moved aside first and then removed."""
     for item in [*partial.rglob("*"), partial]:
         _sync(item)

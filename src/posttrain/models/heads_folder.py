@@ -26,15 +26,15 @@ from posttrain.models.folder import (
     INDEX,
     WEIGHTS,
     SavesFiles,
-    _all_eos_ids,
-    _copy_part,
-    _copy_tokenizer,
-    _read_json,
-    _some,
-    _take_place,
-    _weight_files,
+    all_eos_ids,
     as_dtype,
+    copy_part,
+    copy_tokenizer,
     load,
+    read_json,
+    some_of,
+    take_place,
+    weight_files,
 )
 from posttrain.models.heads import ScoredDecoder
 from posttrain.models.hf_config import ARCHITECTURES
@@ -84,12 +84,12 @@ def save_scored(
     partial.mkdir()
     try:
         if tokenizer_files is not None:
-            _copy_tokenizer(Path(tokenizer_files), partial)
+            copy_tokenizer(Path(tokenizer_files), partial)
         if tokenizer is not None:
             tokenizer.save(partial)
         (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _write_shards(model, partial, max_shard_size)
-        _take_place(partial, path)
+        take_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -119,7 +119,7 @@ def load_scored(
         ModelError: as `models.load`; or the folder is a classifier of several labels.
     """
     folder = resolve(path)
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if not is_scored(values):
         return ScoredDecoder(load(folder, dtype=dtype, device=device), seed=seed, zero=zero).eval()
     if values.get("quantization_config"):
@@ -128,7 +128,7 @@ def load_scored(
     if num_labels != 1:
         raise ModelError(f"{folder}: a classifier of {num_labels} labels; a reward model has one (num_labels: 1)")
     config = DecoderConfig.from_hf(values, where=str(folder / "config.json"))
-    config = config.replace(eos_ids=_all_eos_ids(config, folder))
+    config = config.replace(eos_ids=all_eos_ids(config, folder))
     if dtype == "auto":
         dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     with torch.device("meta"):
@@ -212,7 +212,7 @@ def _fill_scored(model: ScoredDecoder, folder: Path) -> None:
     places = {name: (entry, index) for entry in table for index, name in enumerate(entry.theirs)}
     seen: set[str] = set()
     unexpected: list[str] = []
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt", device="cpu") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
@@ -225,7 +225,7 @@ def _fill_scored(model: ScoredDecoder, folder: Path) -> None:
                         model.score.weight.data.copy_(theirs)
                         seen.add(SCORE)
                     elif canonical in places:
-                        _copy_part(state, *places[canonical], tensors.get_tensor(name), f"{file}: {name}")
+                        copy_part(state, *places[canonical], tensors.get_tensor(name), f"{file}: {name}")
                         seen.add(canonical)
                     elif canonical not in (None, "lm_head.weight"):
                         unexpected.append(name)
@@ -235,5 +235,5 @@ def _fill_scored(model: ScoredDecoder, folder: Path) -> None:
     if missing or unexpected:
         raise ModelError(
             f"{folder}: the weights do not fit config.json (family {model.config.family}): "
-            f"missing {_some(missing)}; unexpected {_some(unexpected)}"
+            f"missing {some_of(missing)}; unexpected {some_of(unexpected)}"
         )

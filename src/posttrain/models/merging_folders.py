@@ -17,7 +17,7 @@ from torch import Tensor
 from posttrain.core import ModelError
 from posttrain.models.adapter_folder import is_adapter_folder
 from posttrain.models.config import DecoderConfig
-from posttrain.models.folder import INDEX, WEIGHTS, _copy_tokenizer, _read_json, _take_place, _weight_files
+from posttrain.models.folder import INDEX, WEIGHTS, copy_tokenizer, read_json, take_place, weight_files
 from posttrain.models.hf_config import FAMILIES
 from posttrain.models.merging import Merge, merge_tensors
 
@@ -62,12 +62,12 @@ class FolderReader:
         if is_adapter_folder(folder):
             raise ModelError(f"{folder}: holds adapters; give the folder with the adapters merged into their base")
         self.folder = folder
-        self.config = _read_json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
         if self.config.get("quantization_config"):
             raise ModelError(f"{folder}: quantised weights cannot be merged; use the unquantised model")
         self.shapes: dict[str, TensorShape] = {}
         self._files: dict[str, Any] = {}
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 for name in file.keys():  # noqa: SIM118
@@ -128,8 +128,8 @@ def merge_folders(
                 _check_alike(readers[0], other)
             _write(readers, base_reader, config, partial, max_shard_size)
         shutil.copyfile(folders[0] / "config.json", partial / "config.json")
-        _copy_tokenizer(folders[0], partial)
-        _take_place(partial, path)
+        copy_tokenizer(folders[0], partial)
+        take_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return path
@@ -165,7 +165,7 @@ def _vocabulary(folder: Path) -> dict[str, int] | None:
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
-    values = _read_json(path)
+    values = read_json(path)
     vocabulary = (values.get("model") or {}).get("vocab") or {}
     if isinstance(vocabulary, list):  # a unigram model: [token, score] in the order of ids
         vocabulary = {item[0]: number for number, item in enumerate(vocabulary)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posttrain.core import ModelError
-from posttrain.models.token_stats import HasHead, _default_chunk, _product, _product_dtype
+from posttrain.models.token_stats import HasHead, default_chunk, head_dtype, head_product
 
 _KEPT = 1 << 22  # up to so many probabilities of each model are kept for backward (2 × 16 MiB)
 
@@ -68,11 +68,11 @@ def token_divergence(
     plan = _Plan(
         beta=beta,
         temperature=temperature,
-        chunk=chunk or max(32, _default_chunk(hidden_ND, weight_VD) // 2),
+        chunk=chunk or max(32, default_chunk(hidden_ND, weight_VD) // 2),
         keep=chunk is None and hidden_ND.shape[0] * weight_VD.shape[0] <= _KEPT,
         entropy=entropy,
         exact=(student.exact_logits, teacher.exact_logits),
-        dtypes=(_product_dtype(weight_VD), _product_dtype(teacher_VE)),
+        dtypes=(head_dtype(weight_VD), head_dtype(teacher_VE)),
     )
     logprobs_N, divergence_N, entropy_N, teacher_N = _Divergence.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, teacher_hidden_NE.detach(), teacher_VE.detach(), targets_N, plan
@@ -105,11 +105,11 @@ def chosen_logprobs(
     plan = _Plan(
         beta=0.0,
         temperature=temperature,
-        chunk=chunk or _default_chunk(hidden_ND, weight_VD),
+        chunk=chunk or default_chunk(hidden_ND, weight_VD),
         keep=False,
         entropy=False,
         exact=(model.exact_logits, True),
-        dtypes=(_product_dtype(weight_VD), torch.float32),
+        dtypes=(head_dtype(weight_VD), torch.float32),
     )
     logprobs_NK: Tensor = _Chosen.apply(hidden_ND, weight_VD, ids_NK, plan)  # type: ignore[no-untyped-call]
     return logprobs_NK
@@ -160,8 +160,8 @@ class _Pair(NamedTuple):
 
 
 def _pair(hidden_ND: Tensor, weight_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor, plan: _Plan) -> _Pair:
-    student_NV = _product(hidden_ND, weight_VD, plan.dtypes[0], plan.exact[0])
-    teacher_NV = _product(teacher_NE, teacher_VE, plan.dtypes[1], plan.exact[1])
+    student_NV = head_product(hidden_ND, weight_VD, plan.dtypes[0], plan.exact[0])
+    teacher_NV = head_product(teacher_NE, teacher_VE, plan.dtypes[1], plan.exact[1])
     if plan.temperature == 1.0:
         return _Pair(student_NV.log_softmax(-1), teacher_NV.log_softmax(-1), None, None)
     return _Pair(
@@ -273,7 +273,9 @@ class _Chosen(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), plan.chunk):
                 part = slice(start, start + plan.chunk)
-                logits_NV = _product(hidden_ND[part], weight_VD, plan.dtypes[0], plan.exact[0]).div_(plan.temperature)
+                logits_NV = head_product(hidden_ND[part], weight_VD, plan.dtypes[0], plan.exact[0]).div_(
+                    plan.temperature
+                )
                 logprobs_NK[part] = logits_NV.gather(1, ids_NK[part]) - logits_NV.logsumexp(-1, keepdim=True)
         ctx.save_for_backward(hidden_ND, weight_VD, ids_NK)
         ctx.plan = plan
@@ -288,7 +290,9 @@ class _Chosen(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, len(hidden_ND), plan.chunk):
                 part = slice(start, start + plan.chunk)
-                logits_NV = _product(hidden_ND[part], weight_VD, plan.dtypes[0], plan.exact[0]).div_(plan.temperature)
+                logits_NV = head_product(hidden_ND[part], weight_VD, plan.dtypes[0], plan.exact[0]).div_(
+                    plan.temperature
+                )
                 grad_NV = logits_NV.softmax(-1).mul_(-grad_NK[part].sum(-1, keepdim=True))
                 grads.add(part, grad_NV.scatter_add_(1, ids_NK[part], grad_NK[part]).div_(plan.temperature))
         return *grads.finish(), None, None

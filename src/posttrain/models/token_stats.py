@@ -70,17 +70,17 @@ def token_stats(
     if not temperature > 0:
         raise ModelError(f"temperature must be above 0 to give logprobs, not {temperature}")
     weight_VD = model.head_weight()
-    if chunk is None and token_stats_tiled.fits(hidden_ND, weight_VD, _product_dtype(weight_VD), model.exact_logits):
+    if chunk is None and token_stats_tiled.fits(hidden_ND, weight_VD, head_dtype(weight_VD), model.exact_logits):
         with torch.autocast("cpu", enabled=False):
             stats = token_stats_tiled.tiled_stats(hidden_ND, weight_VD, targets_N, temperature, entropy)
         return TokenStats(stats[0], stats[1] if entropy else None)
     plan = _Plan(
         temperature=temperature,
-        chunk=chunk or _default_chunk(hidden_ND, weight_VD),
+        chunk=chunk or default_chunk(hidden_ND, weight_VD),
         keep=chunk is None and hidden_ND.shape[0] * weight_VD.shape[0] <= _KEPT,
         entropy=entropy,
         exact=model.exact_logits,
-        product_dtype=_product_dtype(weight_VD),
+        product_dtype=head_dtype(weight_VD),
     )
     logprobs_N, entropy_N = _TokenStats.apply(  # type: ignore[no-untyped-call]
         hidden_ND, weight_VD, targets_N, plan
@@ -95,22 +95,24 @@ def project(hidden_ND: Tensor, weight_VD: Tensor, *, exact: bool) -> Tensor:
     gives the unrounded fp32 sums of bf16 products (from PyTorch 2.8 on); a CPU cannot, so there `exact` multiplies in
     fp32, and otherwise the sums are rounded to bf16 on the way.
     """
-    dtype = _product_dtype(weight_VD)
+    dtype = head_dtype(weight_VD)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if hidden_ND.is_cuda and dtype != torch.float32:
             logits_NV: Tensor = _CudaProject.apply(hidden_ND, weight_VD, dtype)  # type: ignore[no-untyped-call]
             return logits_NV
-        return _product(hidden_ND, weight_VD, dtype, exact)
+        return head_product(hidden_ND, weight_VD, dtype, exact)
 
 
-def _product_dtype(weight_VD: Tensor) -> torch.dtype:
+def head_dtype(weight_VD: Tensor) -> torch.dtype:
+    """The type in which the output head's product is made."""
     device = weight_VD.device.type
     if weight_VD.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight_VD.dtype
 
 
-def _product(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
+def head_product(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
+    """Logits in fp32, of a product in `dtype`; with `exact` on a CPU, which rounds such a product, of one in fp32."""
     if dtype == torch.float32 or (exact and not hidden_ND.is_cuda):
         return F.linear(hidden_ND.float(), weight_VD.float())
     if hidden_ND.is_cuda and _HAS_OUT_DTYPE:
@@ -119,7 +121,8 @@ def _product(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, exact: bo
     return F.linear(hidden_ND.to(dtype), weight_VD.to(dtype)).float()
 
 
-def _default_chunk(hidden_ND: Tensor, weight_VD: Tensor) -> int:
+def default_chunk(hidden_ND: Tensor, weight_VD: Tensor) -> int:
+    """Tokens whose logits are held at a time."""
     vocab_size = weight_VD.shape[0]
     if hidden_ND.is_cuda:
         return max(64, _CHUNK_CUDA // vocab_size)
@@ -134,7 +137,7 @@ class _CudaProject(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(hidden_ND, weight_VD)
         ctx.dtype = dtype
-        return _product(hidden_ND, weight_VD, dtype, exact=True)
+        return head_product(hidden_ND, weight_VD, dtype, exact=True)
 
     @staticmethod
     @once_differentiable
@@ -161,7 +164,7 @@ def _log_softmax(hidden_ND: Tensor, weight_VD: Tensor, plan: _Plan) -> Tensor:
     if hidden_ND.device.type == "cpu" and (plan.exact or plan.product_dtype == torch.float32):
         scores_NV = times_transposed(hidden_ND.float(), weight_VD.float())
     else:
-        scores_NV = _product(hidden_ND, weight_VD, plan.product_dtype, plan.exact)
+        scores_NV = head_product(hidden_ND, weight_VD, plan.product_dtype, plan.exact)
     if plan.temperature != 1.0:
         scores_NV.div_(plan.temperature)
     return torch.log_softmax(scores_NV, -1)
