@@ -1,126 +1,141 @@
-"""Questions about the databases, made from their schemas and kept only where execution confirms the answer."""
+"""Questions about the databases, made from their schemas and kept only where execution confirms the answer.
+
+People seldom know how a database spells things. A question names a column by one of its words and a value as somebody
+remembers it; which column and which value are meant, the database alone can tell.
+"""
 
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from databases import TextColumn, tables, text_columns
+from databases import TextColumn, number_columns, tables, text_columns
 
-from posttrain.core import Message, Task, ToolCall, assistant, generator, user
+from posttrain.core import Task, generator
 from posttrain.grade import QueryRunner
 
-EMPTY = ("0", "no rows")  # how the tool shows that nothing was found
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 
-def questions(runner: QueryRunner, databases: dict[str, Path], *, per_value: int, seed: int) -> list[Task]:
-    """Questions that name a table and a value, and leave it to the agent to find the column that holds the value.
+def words(name: str) -> list[str]:
+    """The words of a column's name: `addr_city` and `sbCustCity` both end with `city`."""
+    return [word.lower() for word in _WORD.findall(name)]
 
-    Kept are values that lie in exactly one column of their table, so that there is one answer; its rows, not its query,
-    are the task's `facts["rows"]`. `facts["columns"]` are the table's columns of words, the right one first, for
-    demonstrations.
+
+def questions(
+    runner: QueryRunner, databases: dict[str, Path], *, per_value: int, seed: int, exact: float = 0.25
+) -> list[Task]:
+    """Questions that ask for a count, a column or a sum of the rows that have a certain value.
+
+    The answer's query is `facts["sql"]`; only demonstrations and the judge see it. `facts` also tell how the question
+    calls column and value, and how the database does.
 
     Args:
         runner: runs queries.
         databases: their files by name.
-        per_value: questions about each value, of which one counts and the others ask for a column.
-        seed: decides the columns.
+        per_value: questions about each value of each column.
+        seed: decides what is asked, and how it is misspelt.
+        exact: share of questions that spell the value as the database does.
     """
     made: list[Task] = []
     for database, path in databases.items():
-        columns = text_columns(database, path)
         every = tables(path)
-        for column in columns:
-            same_table = [other for other in columns if other.table == column.table]
-            for value in column.counts:
-                if sum(value in other.counts for other in same_table) > 1:
-                    continue
-                random = generator(seed, "question", database, column.table, column.name, value)
-                others = [name for name in every[column.table] if name != column.name]
-                wanted = [None, *random.sample(others, min(per_value - 1, len(others)))]
-                made.extend(
-                    task
-                    for want in wanted
-                    if (task := question(runner, path, column, value, want, same_table)) is not None
-                )
+        for column in text_columns(database, path):
+            asks = asked_of(path, column, every[column.table])
+            for value in column.values:
+                draw = generator(seed, "question", database, column.table, column.name, value)
+                for number, (ask, select) in enumerate(draw.sample(asks, min(per_value, len(asks)))):
+                    said = value if draw.random() < exact else misspelt(draw, value, column.values)
+                    sql = f"SELECT {select} FROM {column.table} WHERE {column.name} = '{value}'"
+                    found = runner.run(path, sql)
+                    if said is None or not found.rows or all(cell is None for row in found.rows for cell in row):
+                        continue
+                    called = called_by(draw, column.name, every[column.table])
+                    facts = {
+                        "database": database,
+                        "table": column.table,
+                        "column": column.name,
+                        "called": called,
+                        "value": value,
+                        "said": said,
+                        "values": list(column.values),
+                        "select": select,
+                        "sql": [sql],
+                    }
+                    text = f"{ask} {column.table} with {called} '{said}'?"
+                    name = f"{database}/{column.table}/{column.name}/{value}/{number}"
+                    made.append(Task(id=name, prompt=text, facts=facts, cluster=value.lower()))
     return made
 
 
-def question(
-    runner: QueryRunner, path: Path, column: TextColumn, value: str, want: str | None, same_table: Sequence[TextColumn]
-) -> Task | None:
-    """One question, or None where its query fails or finds nothing worth asking for."""
-    found = runner.run(path, query(column.table, want, column.name, value))
-    if not found.rows or len(found.rows) > 10 or all(cell is None for row in found.rows for cell in row):
-        return None
-    asked = f"how many {column.table}" if want is None else f"{want} of {column.table}"
-    names = [column.name, *(other.name for other in same_table if other.name != column.name)]
-    facts = {
-        "database": column.database,
-        "table": column.table,
-        "want": want,
-        "value": value,
-        "columns": names,
-        "rows": [[list(row) for row in found.rows]],
-    }
-    name = f"{column.database}/{column.table}/{value}/{want or '*'}"
-    return Task(
-        id=name, prompt=f"{column.database}: {asked} with '{value}'?", facts=facts, cluster=f"{column.table}/{value}"
-    )
+def asked_of(path: Path, column: TextColumn, columns: Sequence[str]) -> list[tuple[str, str]]:
+    """What may be asked of the rows of a table: in words, and as what is selected."""
+    others = [name for name in columns if name != column.name]
+    plain = [(f"{' '.join(words(name))} of", name) for name in others if words(name)]
+    sums = [(f"total {' '.join(words(name))} of", f"sum({name})") for name in number_columns(path, column.table)]
+    return [("how many", "count(*)"), *sums, *plain]
 
 
-def query(table: str, want: str | None, column: str, value: str) -> str:
-    """The query that asks for a value in a column."""
-    return f"SELECT {want or 'count(*)'} FROM {table} WHERE {column} = '{value}'"
+def called_by(draw: random.Random, column: str, columns: Sequence[str]) -> str:
+    """The words of a column's name, or one of them that no other column of the table has."""
+    own = words(column)
+    others = {word for name in columns if name != column for word in words(name)}
+    telling = [word for word in own if word not in others and len(word) > 2]
+    return draw.choice(telling) if len(own) > 1 and telling and draw.random() < 0.4 else " ".join(own)
+
+
+def misspelt(draw: random.Random, value: str, values: Sequence[str]) -> str | None:
+    """A value as somebody remembers it; None where it would be nearly as near to another one of the column."""
+    said = value.lower() if draw.random() < 0.5 else value
+    for _ in range(2 if len(value) > 8 and draw.random() < 0.3 else 1):
+        places = [place for place in range(1, len(said) - 1) if said[place].isalpha()]
+        if len(places) < 3:
+            return None
+        place = draw.choice(places)
+        kind = draw.choice(("drop", "double", "swap"))
+        if kind == "drop":
+            said = said[:place] + said[place + 1 :]
+        elif kind == "double":
+            said = said[:place] + said[place] + said[place:]
+        else:
+            said = said[:place] + said[place + 1] + said[place] + said[place + 2 :]
+    own = distance(said.lower(), value.lower())
+    near = min((distance(said.lower(), other.lower()) for other in values if other != value), default=99)
+    return said if said != value and near >= own + 2 else None
+
+
+def distance(left: str, right: str) -> int:
+    """Letters to drop, add or replace until one text is the other (Levenshtein)."""
+    row = list(range(len(right) + 1))
+    for place, letter in enumerate(left, start=1):
+        before, row[0] = row[0], place
+        for other, right_letter in enumerate(right, start=1):
+            before, row[other] = row[other], min(row[other] + 1, row[other - 1] + 1, before + (letter != right_letter))
+    return row[-1]
 
 
 def split(tasks: Sequence[Task], seed: int) -> tuple[list[Task], list[Task], list[Task]]:
-    """Tasks to show, to practise on and to hold out: a quarter, a half and a quarter of the values."""
+    """Tasks to show, to practise on and to hold out: a fifth, a half and three tenths of the values."""
     parts: tuple[list[Task], list[Task], list[Task]] = ([], [], [])
     for task in tasks:
-        draw = generator(seed, "split", str(task.facts["database"]), str(task.cluster)).random()
-        parts[0 if draw < 0.25 else 1 if draw < 0.75 else 2].append(task)
+        draw = generator(seed, "split", str(task.cluster)).random()
+        parts[0 if draw < 0.2 else 1 if draw < 0.7 else 2].append(task)
     for part in parts:
         generator(seed, "order").shuffle(part)
     return parts
 
 
-def demonstration(runner: QueryRunner, databases: dict[str, Path], task: Task, place: int, seed: int) -> list[Message]:
-    """How a careless person asks: the first column half at random; nothing found, they may give up."""
-    facts, random = task.facts, generator(seed, "demonstration", task.id, place)
-    right, *others = facts["columns"]
-    random.shuffle(others)
-    order = [right, *others] if random.random() < 0.5 else [*others[:2], right, *others[2:]]
-    messages = [user(task.prompt_text())]
-    for column in order:
-        sql = query(facts["table"], facts["want"], column, facts["value"])
-        found = shown(runner.run(databases[facts["database"]], sql).rows)
-        messages.append(Message(role="assistant", tool_calls=(ToolCall(name="query", arguments={"sql": sql}),)))
-        messages.append(Message(role="tool", content=found, name="query"))
-        if found not in EMPTY or random.random() < 0.4:
-            break
-    return [*messages, assistant("done")]
-
-
-def shown(rows: Sequence[Sequence[Any]] | None) -> str:
-    """Rows as the tool shows them, the first two of them."""
-    if not rows:
-        return EMPTY[1]
-    lines = [" | ".join("NULL" if value is None else str(value)[:20] for value in row) for row in rows[:2]]
-    return "\n".join(lines)
-
-
 def human_questions(runner: QueryRunner, databases: dict[str, Path], source: Path) -> list[Task]:
-    """The questions that people wrote, with the rows of every accepted query that runs."""
+    """The questions that people wrote, with every accepted query that runs."""
     made = []
     for name in ("questions_gen_sqlite", "instruct_basic_sqlite", "instruct_advanced_sqlite"):
         for place, line in enumerate((source / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()):
             row = json.loads(line)
             golds = [gold.strip() for gold in row["query"].split(";") if gold.strip()]
-            results = [runner.run(databases[row["db_name"]], gold).rows for gold in golds]
-            rows = [[list(each) for each in result] for result in results if result is not None]
-            facts = {"database": row["db_name"], "rows": rows}
-            made.append(Task(id=f"{name}-{place}", prompt=f"{row['db_name']}: {row['question']}", facts=facts))
+            golds = [gold for gold in golds if runner.run(databases[row["db_name"]], gold).rows is not None]
+            facts = {"database": row["db_name"], "sql": golds}
+            made.append(Task(id=f"{name}-{place}", prompt=row["question"], facts=facts))
     return made

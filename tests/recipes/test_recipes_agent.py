@@ -243,6 +243,31 @@ def test_kept_prefixes_save_reading_and_change_no_token(guesser: Path) -> None:
     assert read[True] < 0.6 * read[False], "a turn reads what is new, and at most 15 tokens twice"
 
 
+def test_hundreds_of_episodes_are_under_way_at_once_over_one_engine(guesser: Path) -> None:
+    under_way: list[int] = [0]
+    most: list[int] = [0]
+
+    class Counted(GuessNumber):
+        async def reset(self, task: Task) -> list[Message]:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+            return list(await super().reset(task))
+
+        async def close(self) -> None:
+            under_way[0] -= 1
+            await super().close()
+
+    tasks = [Task(id=f"guess-{place}", prompt="", facts={"number": place % 10 + 1}) for place in range(30)]
+    config = settings(prompts_per_step=30, group_size=8)
+    stage = stage_of(load_policy(str(guesser)), Counted, EpisodeReward(), config, AGENT)
+    with stage.engine:
+        rolled = asyncio.run(stage.play(tasks, siblings=8, temperature=1.0, seed=0, step=0, max_failed=0.0))
+    trajectories = [trajectory for one in rolled for trajectory in one.group.trajectories]
+    assert len(trajectories) == most[0] == 240
+    assert under_way[0] == 0
+    assert max(trajectory.metrics["turns"] for trajectory in trajectories) == 3
+
+
 def test_the_sampler_and_the_trainer_agree_on_every_turn(bench: Workbench, guesser: Path) -> None:
     metrics = run(bench, load_policy(str(guesser)), settings(steps=1))
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
