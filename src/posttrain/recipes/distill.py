@@ -12,28 +12,28 @@ The student never sees its own mistakes here; `on_policy_distill` is for that.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from posttrain import data as rows
-from posttrain.core import Example, Sampling, UsageError, recipe
+from posttrain.core import Sampling, UsageError, recipe
 from posttrain.data import CompletionRow
 from posttrain.models import resolve
+from posttrain.recipes.adapters import Lora, add_parents, save_tuned, tuned_part
+from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
+from posttrain.recipes.kl_report import report_kl
 from posttrain.recipes.policy import load_policy
 from posttrain.recipes.sft import completion_examples
-from posttrain.recipes.supervised import batch_at, split_held_out, steps_of
+from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.teacher_answers import answer_examples, ask, only_right
 from posttrain.recipes.teachers import is_endpoint, load_teacher, shared_entries
-from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
+from posttrain.recipes.workbench import RUNS, open_workbench
 from posttrain.train import (
     TrainConfig,
     Trainer,
     distillation_objective,
-    load_latest,
     nll_objective,
-    save_checkpoint,
     teacher_forward,
     token_forward,
     top_k_forward,
@@ -45,42 +45,6 @@ Loss = Literal["nll", "forward_kl", "reverse_kl", "jsd"]
 def beta_of(loss: Loss, beta: float) -> float:
     """The generalised divergence's beta: 0 for forward KL, 1 for reverse KL, `beta` for Jensen–Shannon."""
     return {"forward_kl": 0.0, "reverse_kl": 1.0, "nll": 0.0, "jsd": beta}[loss]
-
-
-def distill_loop(
-    bench: Workbench,
-    trainer: Trainer,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    *,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    checkpoint_every: int = 100,
-) -> dict[str, float]:
-    """Step through the examples from the run's newest checkpoint to the last step.
-
-    Returns:
-        `nll_before` and `nll_after` on the held-out examples (if there are any), and the last step's metrics.
-    """
-    resumed = load_latest(bench.run.checkpoints, trainer, report=lambda line: bench.run.event("warning", text=line))
-    summary: dict[str, float] = dict(resumed.extra) if resumed else {}
-    bench.run.truncate_after(trainer.num_steps if resumed else -1)
-    if held_out and not resumed:
-        summary["nll_before"] = trainer.evaluate(held_out)["nll"]
-        bench.run.tracker.log({"eval/nll": summary["nll_before"]}, step=0)
-    metrics: dict[str, float] = {}
-    with bench.progress("distill", steps, start=trainer.num_steps) as progress:
-        for step in range(trainer.num_steps, steps):
-            metrics = trainer.step([examples[index] for index in batch_at(len(examples), batch_size, step, seed)])
-            done = step + 1
-            if held_out and done == steps:
-                summary["nll_after"] = metrics["eval/nll"] = trainer.evaluate(held_out)["nll"]
-            bench.run.tracker.log(metrics, step=done)
-            progress.advance({"loss": metrics["loss"], "tokens/s": metrics["tokens_per_second"]})
-            if done == steps or done % checkpoint_every == 0:
-                save_checkpoint(bench.run.checkpoints, trainer, extra=summary)
-    return {**metrics, **summary}
 
 
 @recipe
@@ -105,11 +69,16 @@ def distill(
     template: Path | None = None,
     limit: int | None = None,
     held_out: int = 64,
+    evaluation: tuple[Path, ...] = (),
     epochs: float = 2.0,
     batch_size: int = 32,
-    lr: float = 1e-5,
+    lr: float | None = None,
     schedule: Literal["linear", "cosine", "constant"] = "linear",
     warmup: float = 0.03,
+    lora_rank: int = 0,
+    lora_alpha: float = 32.0,
+    lora_targets: tuple[str, ...] = (),
+    kl_prompts: int = 16,
     max_length: int = 2048,
     micro_tokens: int = 8192,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
@@ -141,11 +110,16 @@ def distill(
         template: a chat template file that replaces the student's own.
         limit: read at most this many rows.
         held_out: examples kept apart to measure the loss on.
+        evaluation: files of evaluation tasks; rows that give one of them away are dropped, counted and kept in lineage.
         epochs: how often each example is seen.
         batch_size: examples per optimiser step.
-        lr: peak learning rate.
+        lr: peak learning rate; not given: 1e-5, with adapters ten times that.
         schedule: course of the learning rate after warm-up.
         warmup: fraction of the steps.
+        lora_rank: train adapters (LoRA) of this rank; 0: train all weights.
+        lora_alpha: adapters count alpha / rank.
+        lora_targets: projections to adapt, as q_proj,v_proj; not given: all.
+        kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
         max_length: longer examples are left out, tokens.
         micro_tokens: tokens per packed micro-batch.
         dtype: of matrix products; master weights are float32.
@@ -164,17 +138,19 @@ def distill(
         student = load_policy(model, device=device, template=template)
         soft = loss != "nll" and not top_k
         master = load_teacher(teacher, student, device=device) if soft else None
+        lora = Lora.of(options)
         source = bench.registry.add_artifact(data, kind="dataset", name=data.name, storage="reference")
-        parents = [source.id]
+        parents = [source.id, *add_parents(bench, student, model)]
         kind: Literal["completion", "prompt"] = "completion" if answers == "data" else "prompt"
         loaded = rows.load(data, kind=kind, columns=columns, limit=limit, quarantine=bench.run.path / "bad_rows.jsonl")
         bench.say(loaded.report.summary())
+        given = without_evaluation(bench, list(loaded.rows), evaluation, source)
         longest = min(max_length, student.model.config.max_positions)
         if answers == "data":
-            pairs = [row for row in loaded.rows if isinstance(row, CompletionRow)]
+            pairs = [row for row in given if isinstance(row, CompletionRow)]
             examples = completion_examples(bench, student.renderer, pairs, longest, chat=chat)
         else:
-            tasks = [rows.to_task(row, chat=chat) for row in loaded.rows]
+            tasks = [rows.to_task(row, chat=chat) for row in given]
             sampling = Sampling(
                 max_tokens=max_tokens, temperature=temperature, n=samples, seed=seed, top_logprobs=top_k
             )
@@ -187,7 +163,7 @@ def distill(
         kept, apart = split_held_out(examples, held_out, seed)
         steps = steps_of(len(kept), batch_size, epochs)
         train = TrainConfig(
-            lr=lr,
+            lr=lora.lr(lr, 1e-5),
             schedule=schedule,
             warmup=warmup,
             total_steps=steps,
@@ -206,11 +182,13 @@ def distill(
         elif top_k:
             forward = top_k_forward(top_k, beta=beta_of(loss, beta))
         objective = nll_objective if loss == "nll" else distillation_objective(nll_weight=nll_weight)
+        student = tuned_part(student, lora, seed=seed)
         trainer = Trainer(student.model, train, objective, forward=forward)
-        summary = distill_loop(bench, trainer, kept, apart, batch_size=batch_size, steps=steps, seed=seed)
-        tuned = student.save(bench.run.path / "model")
+        config = Supervised(train=train, batch_size=batch_size, steps=steps, seed=seed)
+        summary = supervised_loop(bench, student.model, kept, apart, config, title="distill", trainer=trainer)
+        report_kl(bench, student, [*kept, *apart], num_prompts=kl_prompts, seed=seed)
+        tuned = save_tuned(student, bench.run.path / "model")
         bench.registry.add_run(bench.run)
-        parents.append(bench.registry.add_artifact(student.path, kind="model", name=str(model), storage="reference").id)
         if not is_endpoint(teacher):
             folder = resolve(teacher)
             parents.append(bench.registry.add_artifact(folder, kind="model", name=teacher, storage="reference").id)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from posttrain.core import Example, recipe
 from posttrain.objectives import Divergence
+from posttrain.recipes.adapters import Lora
+from posttrain.recipes.kl_report import report_kl
 from posttrain.recipes.policy import Policy
 from posttrain.recipes.preference_loop import Measured, measure_pairs, preference_loop, say_ranking
 from posttrain.recipes.preference_methods import Method, method_named
@@ -38,6 +40,7 @@ def dpo(
     divergence: Divergence = "reverse_kl",
     reference: Literal["cached", "adapters-off"] = "cached",
     lora_rank: int = 0,
+    kl_prompts: int = 16,
     columns: str | None = None,
     chat: bool = False,
     template: Path | None = None,
@@ -64,13 +67,15 @@ def dpo(
         loss: sigmoid (DPO), sigmoid_norm, rpo, ipo, hinge, slic, robust, cdpo, exo_pair, nca_pair, bco_pair, apo_zero,
             apo_down, sppo_hard, aot, aot_unpaired, discopop, wpo, simpo, cpo, orpo, mpo.
         beta: strength of the pull to the reference; of IPO τ, of ORPO λ. None takes the method's published one.
-        lr: peak learning rate, linear schedule. None takes the method's published one (for models of billions).
+        lr: peak learning rate, linear schedule. None takes the method's published one (for models of billions), with
+            adapters ten times that.
         label_smoothing: assumed share of flipped preferences (sigmoid, cdpo, robust, exo_pair …).
         gamma: the margin of SimPO (γ) and SLiC (δ).
         nll_coef: weight of the chosen answer's negative log-likelihood.
         divergence: what keeps the policy near the reference (f-DPO).
         reference: cached (logprobs of the starting weights, computed once), or adapters-off (needs lora_rank).
         lora_rank: rank of adapters; 0 tunes all weights.
+        kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
         columns: which columns to read, as `prompt=question,chosen=better,rejected=worse`.
         chat: wrap plain text prompts and answers as turns of the chat template.
         template: a chat template file that replaces the model's own.
@@ -97,8 +102,10 @@ def dpo(
 
 
 def _method(options: Mapping[str, Any]) -> Method:
-    given = {key: options[key] for key in ("beta", "lr", "label_smoothing", "gamma", "nll_coef")}
-    return replace(method_named(options["loss"]), **{key: value for key, value in given.items() if value is not None})
+    given = {key: options[key] for key in ("beta", "label_smoothing", "gamma", "nll_coef")}
+    method = method_named(options["loss"])
+    lr = Lora.of(options).lr(options["lr"], method.lr)
+    return replace(method, lr=lr, **{key: value for key, value in given.items() if value is not None})
 
 
 def run_dpo(bench: Workbench, options: Mapping[str, Any]) -> Path:
@@ -151,6 +158,8 @@ def run_dpo(bench: Workbench, options: Mapping[str, Any]) -> Path:
         measure=measure if held_out else None,
         title="dpo",
     )
+    parts = [*ready.examples, *ready.held_out]
+    report_kl(bench, ready.policy, parts, num_prompts=options["kl_prompts"], seed=options["seed"])
     keep_tuned(bench, options, ready.policy, ready.data_id)
     say_ranking(bench, summary)
     return bench.run.path

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from posttrain.core import RolloutError, SampleTokens, Sampling, Task, Trajectory, content_hash, derive_seed
-from posttrain.models import CausalAttend, Decoder, packed_positions, token_stats
+from posttrain.models import CausalAttend, Decoder, adapters_off, packed_positions, token_stats
 from posttrain.objectives import kl_estimate
 from posttrain.recipes.policy import Policy
 from posttrain.rollout import run_groups
@@ -47,25 +48,28 @@ def fixed_prompts(tasks: Sequence[Task], num: int) -> list[Task]:
 
 async def kl_spent(
     policy: Policy,
-    reference: Decoder,
+    reference: Decoder | None,
     prompts: Sequence[Task],
     *,
     samples: int = 4,
     max_tokens: int = 256,
     seed: int = 0,
     sampler: SampleTokens | None = None,
+    prompt_tokens: Callable[[Task], Sequence[int]] | None = None,
     micro_tokens: int = 8192,
 ) -> KlSpent:
     """Measure KL(policy ‖ reference) on the policy's own answers to some prompts.
 
     Args:
         policy: the tuned model.
-        reference: the model it began as (or any with the same vocabulary); not changed.
+        reference: the model it began as (or any with the same vocabulary); not changed. None: the policy without its
+            adapters.
         prompts: the fixed set; see `fixed_prompts`.
         samples: answers per prompt.
         max_tokens: new tokens per answer.
         seed: of the answers; keep it, and the measurements of a run are comparable.
         sampler: an engine with the policy's weights; None makes one for this measurement.
+        prompt_tokens: of a task; None: as the policy's renderer has them.
         micro_tokens: tokens per packed row of the forward passes.
 
     Raises:
@@ -73,39 +77,47 @@ async def kl_spent(
     """
     stops = tuple(sorted(policy.renderer.stop_tokens))
     sampling = Sampling(max_tokens=max_tokens, n=samples, stop_tokens=stops)
-    derived = derive_seed(seed, "kl_spent")
+    derived, tokens_of = derive_seed(seed, "kl_spent"), prompt_tokens or policy.renderer.prompt
     if sampler is None:
-        length = policy.length_for(prompts, max_tokens)
-        with policy.engine(slots=min(64, len(prompts) * samples), length=length, seed=seed, inline=True) as engine:
-            groups = await run_groups(
-                engine, prompts, sampling, prompt_tokens=policy.renderer.prompt, seed=derived, step=0
-            )
+        longest = max((len(tokens_of(task)) for task in prompts), default=1)
+        length = min(longest + max_tokens, policy.model.config.max_positions)
+        slots = max(1, min(64, len(prompts) * samples))
+        with policy.engine(slots=slots, length=length, seed=seed, inline=True) as engine:
+            groups = await run_groups(engine, prompts, sampling, prompt_tokens=tokens_of, seed=derived, step=0)
     else:
-        groups = await run_groups(
-            sampler, prompts, sampling, prompt_tokens=policy.renderer.prompt, seed=derived, step=0
-        )
+        groups = await run_groups(sampler, prompts, sampling, prompt_tokens=tokens_of, seed=derived, step=0)
     answers = [t for group in groups for t in group.trajectories if not t.failed() and any(t.mask)]
     if not answers:
         causes = {t.error or t.stop_reason.value for group in groups for t in group.trajectories}
         raise RolloutError(f"KL spent: none of {len(groups)} prompts was answered: {'; '.join(sorted(causes)[:3])}")
-    own, theirs = (_logprobs(model, answers, micro_tokens) for model in (policy.model, reference))
+    own = _logprobs(policy.model, answers, micro_tokens)
+    with adapters_off(policy.model) if reference is None else nullcontext():
+        theirs = _logprobs(reference or policy.model, answers, micro_tokens)
     return _estimate(answers, own, theirs)
 
 
 def kl_spent_sync(
     policy: Policy,
-    reference: Decoder,
+    reference: Decoder | None,
     prompts: Sequence[Task],
     *,
     samples: int = 4,
     max_tokens: int = 256,
     seed: int = 0,
+    prompt_tokens: Callable[[Task], Sequence[int]] | None = None,
     micro_tokens: int = 8192,
 ) -> KlSpent:
     """`kl_spent` where no event loop runs."""
     return asyncio.run(
         kl_spent(
-            policy, reference, prompts, samples=samples, max_tokens=max_tokens, seed=seed, micro_tokens=micro_tokens
+            policy,
+            reference,
+            prompts,
+            samples=samples,
+            max_tokens=max_tokens,
+            seed=seed,
+            prompt_tokens=prompt_tokens,
+            micro_tokens=micro_tokens,
         )
     )
 

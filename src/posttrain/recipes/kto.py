@@ -15,6 +15,8 @@ import torch
 
 from posttrain import objectives
 from posttrain.core import Example, recipe
+from posttrain.recipes.adapters import Lora
+from posttrain.recipes.kl_report import report_kl
 from posttrain.recipes.policy import Policy
 from posttrain.recipes.preference_loop import Measured, Prepare, log_ratios_of, measure_labels, preference_loop
 from posttrain.recipes.preference_rendering import label_examples, mismatched
@@ -53,6 +55,7 @@ def kto(
     undesirable_weight: float = 1.0,
     reference: Literal["cached", "adapters-off"] = "cached",
     lora_rank: int = 0,
+    kl_prompts: int = 16,
     columns: str | None = None,
     chat: bool = False,
     template: Path | None = None,
@@ -78,11 +81,13 @@ def kto(
         data: answers with a label; pairs are taken apart.
         loss: kto, bco or apo_zero_unpaired.
         beta: strength of the pull to the reference. None takes the method's published one.
-        lr: peak learning rate, linear schedule. None takes the method's published one (for models of billions).
+        lr: peak learning rate, linear schedule. None takes the method's published one (for models of billions), with
+            adapters ten times that.
         desirable_weight: weight of good answers; with unequal numbers, weight times number should be about equal.
         undesirable_weight: weight of bad answers.
         reference: cached (logprobs of the starting weights, computed once), or adapters-off (needs lora_rank).
         lora_rank: rank of adapters; 0 tunes all weights.
+        kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
         columns: which columns to read, as `prompt=question,completion=answer,label=good`.
         chat: wrap plain text prompts and answers as turns of the chat template.
         template: a chat template file that replaces the model's own.
@@ -106,7 +111,8 @@ def kto(
 
 def _run(options: dict[str, Any]) -> Path:
     method = METHODS[options["loss"]]
-    method = method._replace(**{key: options[key] for key in ("beta", "lr") if options[key] is not None})
+    beta = method.beta if options["beta"] is None else options["beta"]
+    method = method._replace(beta=beta, lr=Lora.of(options).lr(options["lr"], method.lr))
     check_reference(options)
     with open_workbench("kto", options, runs=options["runs"], resume=options["resume"]) as bench:
 
@@ -140,6 +146,8 @@ def _run(options: dict[str, Any]) -> Path:
             measure=measure if held_out else None,
             title="kto",
         )
+        parts = [*ready.examples, *ready.held_out]
+        report_kl(bench, ready.policy, parts, num_prompts=options["kl_prompts"], seed=options["seed"])
         keep_tuned(bench, options, ready.policy, ready.data_id)
         if "eval/rewards/auc" in summary.get("after", {}):
             before, after = (summary[when]["eval/rewards/auc"] for when in ("before", "after"))

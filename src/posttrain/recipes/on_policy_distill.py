@@ -26,6 +26,7 @@ from posttrain.data import CompletionRow
 from posttrain.models import resolve
 from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.distill import beta_of
+from posttrain.recipes.kl_report import report_kl
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.sft import completion_examples
 from posttrain.recipes.teacher_scores import Scorer, mean_reverse_kl
@@ -195,6 +196,7 @@ def on_policy_distill(
     lr: float = 1e-6,
     max_failed: float = 0.05,
     checkpoint_every: int = 20,
+    kl_prompts: int = 16,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     device: str = "cpu",
     seed: int = 0,
@@ -227,6 +229,7 @@ def on_policy_distill(
         lr: learning rate.
         max_failed: share of failed rollouts that stops the run.
         checkpoint_every: steps between checkpoints.
+        kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
         dtype: of the trainer's matrix products.
         device: cpu, cuda, cuda:0 …
         seed: decides the order of prompts and every sample.
@@ -255,6 +258,7 @@ def on_policy_distill(
         given = completion_examples(bench, student.renderer, pairs, longest, chat=chat) if pairs else []
         config = OnPolicy.from_dict({key: options[key] for key in OnPolicy.__struct_fields__ if key in options})
         metrics = asyncio.run(on_policy_loop(bench, student, master, tasks, config, data_examples=given))
+        report_kl(bench, student, tasks, num_prompts=kl_prompts, max_tokens=max_tokens)
         tuned = student.save(bench.run.path / "model")
         bench.registry.add_run(bench.run)
         parents = [source.id]

@@ -25,6 +25,7 @@ from posttrain.grade import WatchedGrader, reward_metrics, waits
 from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
 from posttrain.recipes.group_stream import graded_groups
+from posttrain.recipes.kl_report import report_kl
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.preference_methods import Method, method_named
 from posttrain.recipes.preference_run import keep_tuned
@@ -206,6 +207,7 @@ def online_dpo(
     batch_size: int = 32,
     epochs: float = 1.0,
     temperature: float = 1.0,
+    kl_prompts: int = 16,
     columns: str | None = None,
     chat: bool = False,
     template: Path | None = None,
@@ -236,6 +238,7 @@ def online_dpo(
         batch_size: pairs per optimiser step.
         epochs: how often a round's pairs are seen.
         temperature: of sampling.
+        kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
         columns: which columns to read, as `prompt=question,answer=solution`.
         chat: make text prompts a user's turn of the chat template.
         template: a chat template file that replaces the model's own.
@@ -276,6 +279,7 @@ def _run(options: dict[str, Any]) -> Path:
         greedy = Sampling(max_tokens=config.max_tokens, temperature=0.0, stop_tokens=stops)
         suite = Suite("held-out", apart, greedy, judge) if apart else None
         metrics = asyncio.run(online_loop(bench, policy, kept, judge, method, config, held_out=suite))
+        report_kl(bench, policy, kept, num_prompts=options["kl_prompts"], max_tokens=config.max_tokens)
         keep_tuned(bench, options, policy, source.id)
         bench.say(f"reward of the last round {metrics['reward']:.3f}")
         return bench.run.path

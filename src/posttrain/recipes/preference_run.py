@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from posttrain import data as rows
 from posttrain.core import Example, UsageError
 from posttrain.data import LabelRow, PreferenceRow
-from posttrain.models import LoraConfig, add_adapters
+from posttrain.recipes.adapters import Lora, save_tuned, tuned_part
 from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.preference_loop import PreferenceLoop
@@ -83,8 +83,7 @@ def get_ready(
     kept, apart = split_held_out(examples, options["held_out"], options["seed"])
     steps = steps_of(len(kept), options["batch_size"], options["epochs"])
     fingerprint = model_fingerprint(policy.model) if mode == "cached" else None
-    if options["lora_rank"]:
-        add_adapters(policy.model, LoraConfig(rank=options["lora_rank"]), seed=options["seed"])
+    policy = tuned_part(policy, Lora.of(options), seed=options["seed"])
     config = TrainConfig(
         lr=lr,
         schedule="linear",
@@ -104,8 +103,8 @@ def get_ready(
 
 
 def keep_tuned(bench: Workbench, options: Mapping[str, Any], policy: Policy, data_id: str) -> None:
-    """Write the tuned model (adapters merged) and register it with its parents."""
-    tuned = policy.save(bench.run.path / "model")
+    """Write the tuned model (adapters merged, and beside it on their own) and register it with its parents."""
+    tuned = save_tuned(policy, bench.run.path / "model")
     bench.registry.add_run(bench.run)
     parent = bench.registry.add_artifact(policy.path, kind="model", name=options["model"], storage="reference")
     card = bench.registry.add_artifact(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ from posttrain.recipes.best_of import Keep, Kept, example_of, select, selection_
 from posttrain.recipes.decontaminate import without_evaluation
 from posttrain.recipes.grading import grader_from
 from posttrain.recipes.group_stream import graded_groups
+from posttrain.recipes.kl_report import report_kl
 from posttrain.recipes.policy import Policy, load_policy
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.workbench import RUNS, Workbench, open_stage, open_workbench
@@ -197,8 +199,7 @@ async def rejection_sampling_loop(
 
 def _summary(metrics: dict[str, float]) -> str:
     passes = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.startswith("pass@"))
-    num, prompts = metrics["selected/num"], metrics["selected/prompts"]
-    return f"{passes}; {num:.0f} answers to {prompts:.0f} prompts chosen"
+    return f"{passes}; {metrics['selected/num']:.0f} answers to {metrics['selected/prompts']:.0f} prompts chosen"
 
 
 @recipe
@@ -226,6 +227,7 @@ def rejection_sampling(
     batch_size: int = 32,
     lr: float = 1e-5,
     held_out: int = 0,
+    kl_prompts: int = 16,
     evaluation: tuple[Path, ...] = (),
     max_failed: float = 0.05,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
@@ -261,6 +263,7 @@ def rejection_sampling(
         batch_size: answers per optimiser step.
         lr: peak learning rate, linear schedule.
         held_out: chosen answers kept apart to measure the loss on.
+        kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
         max_failed: share of failed rollouts or grades that stops the run.
         dtype: of the trainer's matrix products.
         device: cpu, cuda, cuda:0 …
@@ -286,6 +289,7 @@ def rejection_sampling(
         policy = asyncio.run(
             rejection_sampling_loop(bench, first, tasks, judge, config, device=device, template=template)
         )
+        report_kl(bench, replace(policy, path=first, base=first), tasks, num_prompts=kl_prompts, max_tokens=max_tokens)
         tuned = policy.save(bench.run.path / "model")
         bench.registry.add_run(bench.run)
         parent = bench.registry.add_artifact(first, kind="model", name=str(model), storage="reference")

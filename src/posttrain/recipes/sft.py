@@ -17,6 +17,7 @@ from posttrain.core import DataError, Example, RenderError, Task, TokenSequence,
 from posttrain.data import CompletionRow
 from posttrain.recipes.adapters import Lora, add_parents, save_tuned, tuned_part
 from posttrain.recipes.decontaminate import without_evaluation
+from posttrain.recipes.kl_report import report_kl
 from posttrain.recipes.policy import load_policy
 from posttrain.recipes.supervised import Supervised, split_held_out, steps_of, supervised_loop
 from posttrain.recipes.workbench import RUNS, Workbench, open_workbench
@@ -43,6 +44,7 @@ def sft(
     weight_decay: float = 0.0,
     normalise: SupervisedNormalise = "token",
     neftune_alpha: float = 0.0,
+    kl_prompts: int = 16,
     freeze_layers: int = 0,
     adapter: Path | None = None,
     lora_rank: int = 0,
@@ -83,6 +85,7 @@ def sft(
         weight_decay: of matrices.
         normalise: token (mean over target tokens), sequence (mean over answers of each one's mean), or sum.
         neftune_alpha: noise on the embeddings while training (NEFTune), 5 to 15; 0: none.
+        kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
         freeze_layers: freeze the embedding and so many of the first layers; 0: freeze nothing.
         adapter: a folder of adapters in PEFT's format to put on the model and go on with.
         lora_rank: train adapters (LoRA) of this rank; 0: train all weights.
@@ -159,6 +162,7 @@ def run_sft(bench: Workbench, options: Mapping[str, Any]) -> Path:
         neftune_alpha=options["neftune_alpha"],
     )
     summary = supervised_loop(bench, policy.model, kept, apart, config, title="sft")
+    report_kl(bench, policy, [*kept, *apart], num_prompts=options["kl_prompts"], seed=options["seed"])
     tuned = save_tuned(policy, bench.run.path / "model")
     bench.registry.add_run(bench.run)
     card = bench.registry.add_artifact(

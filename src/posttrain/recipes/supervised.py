@@ -62,14 +62,25 @@ def supervised_loop(
     config: Supervised,
     *,
     title: str,
+    trainer: Trainer | None = None,
 ) -> dict[str, float]:
     """Minimise the negative log-likelihood of the examples' targets; go on from the run's newest checkpoint.
+
+    Args:
+        bench: the run.
+        model: is trained in place.
+        examples: each seen once an epoch.
+        held_out: their loss is measured.
+        config: how to step, and how often.
+        title: of the progress bar.
+        trainer: of the model, with a loss of its own (a teacher's); None: the likelihood, as `config` says.
 
     Returns:
         `nll_before` and `nll_after` on the held-out examples (if there are any), `num_tokens`.
     """
-    forward = noisy_embeddings(token_forward, config.neftune_alpha) if config.neftune_alpha else token_forward
-    trainer = Trainer(model, config.train, supervised_objective(config.normalise), forward=forward)
+    if trainer is None:
+        forward = noisy_embeddings(token_forward, config.neftune_alpha) if config.neftune_alpha else token_forward
+        trainer = Trainer(model, config.train, supervised_objective(config.normalise), forward=forward)
     resumed = load_latest(bench.run.checkpoints, trainer, report=lambda line: bench.run.event("warning", text=line))
     summary: dict[str, float] = dict(resumed.extra) if resumed else {}
     bench.run.truncate_after(trainer.num_steps if resumed else -1)
