@@ -103,6 +103,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_ends_alike(world: tuple[Path, dic
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_interrupts,
         )
         run = _wait_for_steps(child, lambda known=before: driver.runs_of("grpo", folder) - known, steps=5)
         child.send_signal(signal.SIGINT)
@@ -120,6 +121,11 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_ends_alike(world: tuple[Path, dic
     )
     assert again.returncode == 0, again.stderr
     assert_same(run, Path(found["grpo"]["reference"]))
+
+
+def _heed_interrupts() -> None:
+    """As in a terminal: what a shell starts in the background, these tests perhaps, inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait_for_steps(child: subprocess.Popen[str], new_runs: Any, *, steps: int) -> Path:
