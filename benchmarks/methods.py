@@ -4,7 +4,7 @@
     python benchmarks/methods.py --only sft dpo grpo  # some (whole names, or families such as distillation)
     python benchmarks/methods.py --list
 
-Each method runs as a user would run it, by its recipe. The tuned model answers 300 held-out questions greedily and is
+Each method runs as a user would run it, by its recipe. The tuned model answers 600 held-out questions greedily and is
 compared with the start question by question (paired bootstrap, McNemar's exact test); it also samples, whose accuracy
 is what reinforcement learning raises. The KL to the start is measured on the tuned model's own answers to a fixed set
 of prompts. Writes a table to benchmarks/results/methods.md and all numbers to methods.json. One small world and one
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods_entries import Entry, entries
+from methods_entries import BETA, Entry, entries
 from methods_world import MAX_TOKENS, World, make_world
 
 from posttrain.cli.run import find_recipe
@@ -36,6 +36,7 @@ from posttrain.recipes.kl_spent import fixed_prompts, kl_spent_sync
 from posttrain.recipes.policy import Policy, load_policy
 
 HERE = Path(__file__).resolve().parent
+COMPARED = "comparison.json"  # what the recipes of reward models write
 
 
 def evaluated(policy: Policy, world: World, name: str) -> tuple[EvalReport, EvalReport]:
@@ -68,8 +69,10 @@ def run_entry(entry: Entry, world: World, models: Mapping[str, Path], runs: Path
 
 def measured(entry: Entry, run: Path, world: World, start: Policy, before: Sequence[EvalReport]) -> dict[str, Any]:
     """What one run gained and spent."""
-    if entry.report:
-        return {"report": json.loads((run / entry.report).read_text(encoding="utf-8"))}
+    if entry.report:  # a reward model: its held-out pairs or answers, against its head as it was drawn
+        report, against = (json.loads((run / name).read_text(encoding="utf-8")) for name in (entry.report, COMPARED))
+        paired = {name: against[name] for name in ("difference", "wins", "losses", "p_value", "better")}
+        return {"report": report, "accuracy": report["accuracy"], **paired}
     policy = load_policy(str(run / "model"))
     greedy, drawn = evaluated(policy, world, entry.name)
     against = compare(greedy, before[0])
@@ -114,15 +117,13 @@ def table(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> str:
         cells = [row["name"], row["family"], row["learns_from"]]
         if "error" in row:
             cells += [f"failed: {row['error'].splitlines()[0][:100]}", "", "", "", ""]
-        elif "report" in row:
-            cells += [_report_line(row["report"]), "", "", "", ""]
         else:
             cells += [
-                _interval(row["accuracy"]),
+                _interval(row["accuracy"]) + (" †" if "report" in row else ""),
                 _interval(row["difference"], sign=True) + (" ✓" if row["better"] else ""),
                 f"{row['p_value']:.2g}",
-                f"{row['sampled_mean']:.1%}",
-                f"{row['kl']['kl_spent/per_answer']:.2f}",
+                f"{row['sampled_mean']:.1%}" if "sampled_mean" in row else "–",
+                f"{row['kl']['kl_spent/per_answer']:.2f}" if "kl" in row else "–",
             ]
         lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
@@ -131,13 +132,6 @@ def table(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> str:
 def _interval(found: Mapping[str, Any], sign: bool = False) -> str:
     form = "+.1%" if sign else ".1%"
     return f"{found['value']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
-
-
-def _report_line(report: Mapping[str, Any]) -> str:
-    """The accuracies of a reward model's report."""
-    metrics = report.get("metrics", report)
-    named = {name: value for name, value in metrics.items() if isinstance(value, dict) and name.startswith("accuracy")}
-    return "; ".join(f"{name} {_interval(value)}" for name, value in named.items()) or "see the JSON"
 
 
 def chosen(only: Sequence[str]) -> list[Entry]:
@@ -181,6 +175,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for number, entry in enumerate(chosen(options.only)):
         row: dict[str, Any] = {"name": entry.name, "family": entry.family, "learns_from": entry.learns_from}
+        row |= {"note": entry.note} if entry.note else {}
         started = time.monotonic()
         try:
             run = run_entry(entry, world, models, runs, work / f"{number:02d}.log", options.seed)
@@ -213,8 +208,12 @@ def write_results(
         f"for one comparison. Corrected over the {tests} of this table (Holm), it is below 0.05 for all gains"
         + (f" but {', '.join(open_rows)}" if open_rows else "")
         + ". KL "
-        "to the start in nats per answer of five tokens. Seconds are of the recipe, its start-up included.\n"
+        "to the start in nats per answer of five tokens. Seconds are of the recipe, its start-up included. Preference "
+        f"methods whose published β is below {BETA:g} have β {BETA:g} here: answers are short. † Of reward models the "
+        "share of held-out pairs, or steps, told rightly, against the head as it was drawn; pairs, or answers with "
+        "their steps, are compared one by one.\n"
     )
+    note += "".join(f"\n- {row['name']}: {row['note']}" for row in rows if row.get("note")) + "\n"
     (out / "methods.md").write_text(f"{table(rows, summary)}\n{note}", encoding="utf-8")
 
 

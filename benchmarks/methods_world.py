@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,10 +128,8 @@ async def answered(policy: Policy, tasks: Sequence[Task], samples: int, seed: in
 
 
 def offline_rows(asked: Sequence[tuple[Task, list[str]]]) -> dict[str, list[dict[str, object]]]:
-    """Rows for offline methods from a policy's own answers: right and wrong in pairs, pairs of which both are wrong and
-    the chosen one is nearer, labels, labelled letters."""
+    """Rows for offline methods from a policy's own answers: right and wrong in pairs, labels, labelled letters."""
     pairs: list[dict[str, object]] = []
-    lesser: list[dict[str, object]] = []
     labels: list[dict[str, object]] = []
     steps: list[dict[str, object]] = []
     for task, texts in asked:
@@ -139,14 +138,30 @@ def offline_rows(asked: Sequence[tuple[Task, list[str]]]) -> dict[str, list[dict
         wrong = sorted({text.strip() for text in texts if text.strip() and text.strip() != answer})
         if right and wrong:
             pairs.append({"prompt": task.prompt, "chosen": right[0], "rejected": wrong[0]})
-        near = sorted(wrong, key=lambda text: -sum(one == other for one, other in zip(text, answer, strict=False)))
-        if len(near) > 1:  # what is chosen is wrong too: the model can do better
-            lesser.append({"prompt": task.prompt, "chosen": near[0], "rejected": near[-1]})
         for text in (*right[:1], *wrong[:1]) if right and wrong else ():
             labels.append({"prompt": task.prompt, "completion": text, "label": text == answer})
             each = [text[place : place + 1] == answer[place : place + 1] for place in range(len(text))]
             steps.append({"prompt": task.prompt, "completions": list(text), "labels": each})
-    return {"pairs": pairs, "lesser_pairs": lesser, "labels": labels, "steps": steps}
+    return {"pairs": pairs, "labels": labels, "steps": steps}
+
+
+def lesser_pairs(asked: Sequence[tuple[Task, list[str]]]) -> list[dict[str, object]]:
+    """Pairs of which both are wrong, for a method that takes it that the model can do better than what is chosen.
+
+    One is the commonest wrong answer to the prompt, the other the commonest of those with more or fewer letters in
+    their places; the nearer of the two is chosen.
+    """
+    found: list[dict[str, object]] = []
+    for task, texts in asked:
+        answer = task.answer or ""
+        counts = Counter(text.strip() for text in texts if text.strip() and text.strip() != answer)
+        near = {text: sum(one == other for one, other in zip(text, answer, strict=False)) for text in counts}
+        common = sorted(counts, key=lambda text: (-counts[text], text))
+        others = [text for text in common if near[text] != near[common[0]]]
+        if others:
+            chosen, rejected = sorted((common[0], others[0]), key=lambda text: -near[text])
+            found.append({"prompt": task.prompt, "chosen": chosen, "rejected": rejected})
+    return found
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
@@ -154,18 +169,18 @@ def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_world(folder: Path, *, seed: int, num_train: int = 800, num_held_out: int = 300) -> World:
+def make_world(folder: Path, *, seed: int, num_train: int = 800, num_held_out: int = 600) -> World:
     """Start, teacher and every data file, made from the seed alone; found again where the folder has them."""
     known, held_out = questions(NUM_CORPUS + num_train, num_held_out, seed)
     read, train = known[:NUM_CORPUS], known[NUM_CORPUS:]
     world = World(folder, folder / "start", folder / "teacher", train, held_out)
-    done = folder / "done-2"  # a world with other files has another number
+    done = folder / "done-5"  # a world with other files has another number
     if done.exists():
         return world
     folder.mkdir(parents=True, exist_ok=True)
     start = pretrained(world.start, corpus(read, seed), steps=START_STEPS, seed=seed)
-    asked = asyncio.run(answered(start, train, 8, seed))
-    rows = offline_rows(asked) | {
+    rows = offline_rows(asyncio.run(answered(start, train, 24, seed))) | {
+        "lesser_pairs": lesser_pairs(asyncio.run(answered(start, train, 32, seed))),
         "prompts": [{"prompt": task.prompt, "answer": task.answer} for task in train],
         "gold": [{"prompt": task.prompt, "completion": task.answer} for task in train[:256]],
         "documents": [{"text": f"{task.prompt}{task.answer}"} for task in read],

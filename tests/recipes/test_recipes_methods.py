@@ -66,10 +66,11 @@ def test_the_worlds_answers_are_right_and_its_halves_apart(modules: dict[str, Mo
     assert 0.3 < right < 0.55, "the corpus is wrong more often than not"
     rows = world.offline_rows([(Task(id="a", prompt="Sba=", answer="ab"), ["ab", "ba", "ba", ""])])
     assert rows["pairs"] == [{"prompt": "Sba=", "chosen": "ab", "rejected": "ba"}]
-    assert rows["lesser_pairs"] == []
-    wrong = world.offline_rows([(Task(id="a", prompt="Scab=", answer="abc"), ["bca", "acb", "abc", "cba"])])
-    (lesser,) = wrong["lesser_pairs"]  # "acb" and "cba" have one letter in its place, "bca" none
-    assert lesser == {"prompt": "Scab=", "chosen": "acb", "rejected": "bca"}
+    # Of the wrong ones "bca" is commonest, with no letter in its place; "acb" has one, and is commoner than "cba".
+    texts = ["bca", "bca", "bca", "acb", "acb", "abc", "cba"]
+    lesser = world.lesser_pairs([(Task(id="a", prompt="Scab=", answer="abc"), texts)])
+    assert lesser == [{"prompt": "Scab=", "chosen": "acb", "rejected": "bca"}]
+    assert world.lesser_pairs([(Task(id="a", prompt="Sba=", answer="ab"), ["ab", "ba", ""])]) == []
     assert [row["label"] for row in rows["labels"]] == [True, False]
     assert [row["labels"] for row in rows["steps"]] == [[True, True], [False, False]]
     (grade,) = asyncio.run(grade_all(Exact(), [trajectory_from_text(train[0], train[0].answer or "")]))

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from posttrain import models
-from posttrain.core import DataError, Message, RenderError, Task, read_metrics
+from posttrain.core import Comparison, DataError, Message, RenderError, Task, read_metrics
 from posttrain.data import StepsRow
-from posttrain.evaluate import RewardReport
+from posttrain.evaluate import RewardReport, ScoredSteps
 from posttrain.grade import RewardModel, prove, trajectory_from_text
 from posttrain.recipes.pretrain import new_policy
-from posttrain.recipes.process_reward import process_reward
+from posttrain.recipes.process_reward import compare_steps, process_reward
 from posttrain.recipes.reward_loop import split_by_prompt
 from posttrain.recipes.reward_model import reward_model
 from posttrain.recipes.reward_rows import load_ranked, ranked_examples, stepped_examples
@@ -177,6 +177,8 @@ def test_a_reward_model_from_rows_to_grader(folder: Path, tmp_path: Path, capsys
     report = RewardReport.from_json((run / "reward_report.json").read_bytes())
     assert report.accuracy.low > 0.5
     assert set(report.by_tag) == {"subset:a", "subset:b"}
+    against = Comparison.from_json((run / "comparison.json").read_bytes())  # with the head as it was drawn
+    assert against.wins + against.losses + against.ties == report.num_pairs
     assert "accuracy" in capsys.readouterr().out
     assert "Reliability" in (run / "report.html").read_text(encoding="utf-8")
     rows = read_metrics(run / "metrics.jsonl")
@@ -219,6 +221,8 @@ def test_a_process_reward_model_from_rows_to_grader(folder: Path, tmp_path: Path
     assert report["positive_rate"] < 0.8
     assert report["accuracy_right"]["low"] > 0.5
     assert report["accuracy_wrong"]["low"] > 0.5
+    against = Comparison.from_json((run / "comparison.json").read_bytes())
+    assert against.wins + against.losses + against.ties == report["num_answers"]
     judge = load_reward(str(run / "model"))
     assert judge.format == RewardFormat(kind="process", separator="\n")
     grader = RewardModel(judge.scorer(), aggregate="min", probability=True)
@@ -231,6 +235,22 @@ def test_a_process_reward_model_from_rows_to_grader(folder: Path, tmp_path: Path
     empty = asyncio.run(grader.grade(trajectory_from_text(task, "  ")))
     assert empty.score is None
     assert "empty" in empty.error
+
+
+def test_process_rewards_are_compared_by_answer() -> None:
+    """By hand: shares of steps told rightly 1, 1, 1/2 against 1/2, 0, 1/2; unlabelled steps do not count."""
+
+    def answers(*scores: tuple[float, ...]) -> list[ScoredSteps]:
+        labels = ((1.0, 0.0), (1.0, None), (0.0, 0.0))
+        return [ScoredSteps(id=str(n), scores=own, labels=labels[n]) for n, own in enumerate(scores)]
+
+    after = answers((1.0, -1.0), (2.0, -5.0), (1.0, -1.0))
+    before = answers((1.0, 1.0), (-2.0, 5.0), (-1.0, 1.0))
+    found = compare_steps(after, before, names=("trained", "drawn"))
+    assert (found.wins, found.losses, found.ties) == (2, 0, 1)
+    assert found.difference.value == pytest.approx((0.5 + 1.0 + 0.0) / 3)
+    assert found.p_value == 0.5
+    assert not found.better
 
 
 def test_a_killed_run_goes_on_to_the_same_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

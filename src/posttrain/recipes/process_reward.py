@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from posttrain import data as rows
-from posttrain.core import recipe
-from posttrain.evaluate import ScoredSteps, build_run_report, report_html, step_report
+from posttrain.core import Comparison, recipe
+from posttrain.evaluate import ScoredSteps, build_run_report, mcnemar, paired_bootstrap, report_html, step_report
 from posttrain.recipes.reward_loop import RewardLoop, reward_loop, split_by_prompt, target_scores
 from posttrain.recipes.reward_rows import Stepped, stepped_examples
 from posttrain.recipes.reward_scoring import RewardFormat, RewardPolicy, load_reward
@@ -111,6 +111,8 @@ def process_reward(
         objective = process_objective(normalise=normalise, positive_weight=positive_weight)
         trainer = Trainer(policy.model, train, objective, forward=score_forward)
 
+        before = scored_steps(trainer, apart)
+
         def measure() -> dict[str, float]:
             if not apart:
                 return {}
@@ -120,7 +122,7 @@ def process_reward(
         loop = RewardLoop(batch_size=batch_size, steps=steps, evaluate_every=max(1, steps // 10), seed=seed)
         reward_loop(bench, trainer, [row.example for row in kept], loop, measure=measure, title="process reward")
         form = RewardFormat(kind="process", separator=separator)
-        return finish(bench, policy, scored_steps(trainer, apart), form, data, model, name)
+        return finish(bench, policy, before, scored_steps(trainer, apart), form, data, model, name)
 
 
 def scored_steps(trainer: Trainer, stepped: Sequence[Stepped]) -> list[ScoredSteps]:
@@ -132,16 +134,59 @@ def scored_steps(trainer: Trainer, stepped: Sequence[Stepped]) -> list[ScoredSte
     return found
 
 
+def compare_steps(
+    candidate: Sequence[ScoredSteps], champion: Sequence[ScoredSteps], *, names: tuple[str, str], seed: int = 0
+) -> Comparison:
+    """Two models' word on the same steps, paired by answer, since the steps of one answer are not independent.
+
+    Each answer gives the share of its steps that a model tells rightly. The difference is the mean over answers with a
+    paired bootstrap; wins and losses are answers, and their p is the sign test's.
+
+    Args:
+        names: of candidate and champion.
+    """
+
+    def shares(answers: Sequence[ScoredSteps]) -> list[float]:
+        told = [
+            [
+                (score > 0) == (label > 0.5)
+                for score, label in zip(each.scores, each.labels, strict=True)
+                if label is not None
+            ]
+            for each in answers
+        ]
+        return [sum(own) / len(own) for own in told]
+
+    ours, theirs = shares(candidate), shares(champion)
+    difference = paired_bootstrap(ours, theirs, seed=seed)
+    wins = sum(one > other for one, other in zip(ours, theirs, strict=True))
+    losses = sum(one < other for one, other in zip(ours, theirs, strict=True))
+    p_value = mcnemar(wins, losses)
+    return Comparison(
+        suite="steps",
+        candidate=names[0],
+        champion=names[1],
+        difference=difference,
+        wins=wins,
+        losses=losses,
+        ties=len(ours) - wins - losses,
+        p_value=p_value,
+        better=difference.low > 0 and p_value <= 0.05,
+    )
+
+
 def finish(
     bench: Workbench,
     policy: RewardPolicy,
+    before: Sequence[ScoredSteps],
     answers: Sequence[ScoredSteps],
     form: RewardFormat,
     source: Path,
     start: str,
     name: str,
 ) -> Path:
-    """Save, register, and report with intervals: `step_report.json` and `report.html` of the run."""
+    """Save, register, and report with intervals: `step_report.json`, `comparison.json` (with the untrained
+    head) and `report.html` of the run."""
     folder = policy.save(bench.run.path / "model", form)
     registry = bench.registry
     parents = [
@@ -156,6 +201,9 @@ def finish(
         report = step_report(answers)
         bench.say(report.summary())
         (bench.run.path / "step_report.json").write_bytes(report.to_json() + b"\n")
+        if len(answers) > 1:
+            against = compare_steps(answers, before, names=(card.id, str(policy.path)))
+            (bench.run.path / "comparison.json").write_bytes(against.to_json() + b"\n")
         page = build_run_report(
             bench.run,
             title=f"Process reward model {name}",

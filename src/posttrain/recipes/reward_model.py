@@ -197,7 +197,8 @@ def finish(
     start: str,
     name: str,
 ) -> Path:
-    """Save, register, and report with intervals: `reward_report.json` and `report.html` of the run."""
+    """Save, register, and report with intervals: `reward_report.json`, `comparison.json` (with the untrained head) and
+    `report.html` of the run."""
     form = RewardFormat()
     report = reward_report(after) if after else None
     if report is not None:
@@ -216,12 +217,14 @@ def finish(
         first = as_eval_report(before, suite="preferences", model=str(policy.path))
         last = as_eval_report(after, suite="preferences", model=card.id)
         report_json(last, bench.run.path / "report.json")
+        against = compare(last, first)
+        (bench.run.path / "comparison.json").write_bytes(against.to_json() + b"\n")
         page = build_run_report(
             bench.run,
             title=f"Reward model {name}",
             subtitle=f"{report.num_pairs} held-out pairs, {time.strftime('%Y-%m-%d')}",
             stages=[Stage(name="before", report=first), Stage(name="after", report=last)],
-            comparisons=[compare(last, first)],
+            comparisons=[against],
             notes=[*report.summary().splitlines(), "Reliability:", *report.calibration.table().splitlines()],
             registry=registry,
             model=card.id,
