@@ -1,14 +1,14 @@
 """Every method of the project from the same start on the same small tasks: what each gains, how surely, at what cost.
 
-    python benchmarks/methods.py                      # all, about a quarter of an hour on two quiet cores
+    python benchmarks/methods.py                      # all, four minutes on one quiet core
     python benchmarks/methods.py --only sft dpo grpo  # some (whole names, or families such as distillation)
     python benchmarks/methods.py --list
 
 Each method runs as a user would run it, by its recipe. The tuned model answers 600 held-out questions greedily and is
 compared with the start question by question (paired bootstrap, McNemar's exact test); it also samples, whose accuracy
 is what reinforcement learning raises. The KL to the start is measured on the tuned model's own answers to a fixed set
-of prompts. Writes a table to benchmarks/results/methods.md and all numbers to methods.json. One small world and one
-seed: it shows that methods work and what they cost, not which is best for a model of yours.
+of prompts. Writes a table to benchmarks/results/methods.md and all numbers to methods.json. One small world: it
+shows that methods work and what they cost, not which is best for a model of yours.
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ def write_results(
         + (f" but {', '.join(open_rows)}" if open_rows else "")
         + ". KL "
         "to the start in nats per answer of five tokens. Seconds are of the recipe, its start-up included. Preference "
-        f"methods whose published β is below {BETA:g} have β {BETA:g} here: answers are short. † Of reward models the "
-        "share of held-out pairs, or steps, told rightly, against the head as it was drawn; pairs, or answers with "
-        "their steps, are compared one by one.\n"
+        f"methods with a reference and a published β below {BETA:g} have β {BETA:g} here where no note says otherwise: "
+        "answers are short. † Of reward models the share of held-out pairs, or steps, told rightly, against the head "
+        "as it was drawn; pairs, or answers with their steps, are compared one by one.\n"
     )
     note += "".join(f"\n- {row['name']}: {row['note']}" for row in rows if row.get("note")) + "\n"
     (out / "methods.md").write_text(f"{table(rows, summary)}\n{note}", encoding="utf-8")
