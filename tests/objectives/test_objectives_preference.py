@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain import objectives as obj
@@ -294,6 +294,27 @@ def test_bco_by_hand() -> None:
     assert obj.bco_shift(rewards[:2], labels[:2]).item() == 2.0
     with pytest.raises(ValueError, match="finite"):
         obj.bco_shift(torch.tensor([math.nan]), torch.ones(1))
+
+
+def test_bco_running_shift_by_hand() -> None:
+    """The mean of 1, 3, −1 is 1; with −2 of the next step, which has one answer only, (1 · 3 − 2) / 4 = ¼."""
+    shift, count = obj.bco_running_shift(torch.tensor([1.0, 3.0, -1.0]))
+    assert (shift, count) == (1.0, 3.0)
+    assert obj.bco_running_shift(torch.tensor([-2.0]), shift=shift, count=count) == (0.25, 4.0)
+    for bad in (torch.tensor([]), torch.tensor([math.inf])):
+        with pytest.raises(ValueError, match="finite"):
+            obj.bco_running_shift(bad)
+
+
+@settings(max_examples=30)
+@given(steps=st.lists(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_bco_running_shift_is_the_mean_of_all_rewards_so_far(steps: list[list[float]]) -> None:
+    shift, count = 0.0, 0.0
+    for step in steps:
+        shift, count = obj.bco_running_shift(torch.tensor(step), shift=shift, count=count)
+    flat = [value for step in steps for value in step]
+    assert count == len(flat)
+    assert shift == pytest.approx(sum(flat) / len(flat), abs=1e-6)
 
 
 def test_apo_zero_unpaired_by_hand() -> None:

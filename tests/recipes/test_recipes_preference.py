@@ -451,6 +451,39 @@ def test_a_killed_dpo_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatc
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_bcos_running_shift_outlives_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """δ is the mean of all rewards so far, of the first step 0; a run that was killed goes on with it."""
+    fresh(tmp_path / "base")
+    options = {
+        "model": str(tmp_path / "base"),
+        "data": write_pairs(tmp_path / "pairs.jsonl", 24, 0),
+        "loss": "bco",
+        "beta": 0.5,
+        "held_out": 0,
+        "batch_size": 8,
+        "kl_prompts": 0,
+        "lr": 1e-3,
+        "dtype": "float32",
+    }
+    whole = kto(**options, runs=tmp_path / "whole")
+    shifts = [row["delta"] for row in read_metrics(whole / "metrics.jsonl") if "delta" in row]
+    assert shifts[0] == 0.0
+    assert len(set(shifts)) == len(shifts) == 6
+    real = preference_loop.PreferenceLoop
+    monkeypatch.setattr(preference_loop.Trainer, "step", _dying(preference_loop.Trainer.step, 4))
+    monkeypatch.setattr("posttrain.recipes.preference_run.PreferenceLoop", lambda **kw: real(**kw, checkpoint_every=2))
+    with pytest.raises(KeyboardInterrupt):
+        kto(**options, runs=tmp_path / "killed")
+    monkeypatch.undo()
+    (folder,) = (path for path in (tmp_path / "killed").iterdir() if (path / "run.json").is_file())
+    resumed = kto(**options, runs=tmp_path / "killed", resume=folder)
+    assert [row["delta"] for row in read_metrics(resumed / "metrics.jsonl") if "delta" in row] == shifts
+    one, two = (models.load(path / "model").state_dict() for path in (whole, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    by_step = kto(**options, reward_shift="step", runs=tmp_path / "steps")
+    assert [row["delta"] for row in read_metrics(by_step / "metrics.jsonl") if "delta" in row] != shifts
+
+
 def _dying(step: Callable, at: int) -> Callable:
     def wrapped(self, given):
         if self.num_steps == at - 1:

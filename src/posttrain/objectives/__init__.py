@@ -69,7 +69,14 @@ from posttrain.objectives.preference_losses import (
     simpo_losses,
     sppo_losses,
 )
-from posttrain.objectives.preference_unpaired import apo_zero_unpaired, bco, bco_shift, kl_baseline, kto
+from posttrain.objectives.preference_unpaired import (
+    apo_zero_unpaired,
+    bco,
+    bco_running_shift,
+    bco_shift,
+    kl_baseline,
+    kto,
+)
 from posttrain.objectives.reward_model import bradley_terry, plackett_luce, ranked_pairs
 from posttrain.objectives.reward_model_ensemble import Ensemble, ensemble_reward
 from posttrain.objectives.reward_model_labels import outcome_loss, process_loss
@@ -97,6 +104,7 @@ __all__ = [
     "batch_scaled_advantages",
     "bco",
     "bco_pair_losses",
+    "bco_running_shift",
     "bco_shift",
     "bounded_importance_weights",
     "bradley_terry",

@@ -87,7 +87,8 @@ def bco(
 
         r = β·ρ;    good:  − log σ(r − δ)        bad:  − log σ(−(r − δ))
 
-    δ is a constant of the whole step: (E[r | good] + E[r | bad]) / 2 (`bco_shift`), or a running mean of it.
+    δ is a constant of the whole step: (E[r | good] + E[r | bad]) / 2 of its own answers (`bco_shift`), or the mean of
+    all rewards so far (`bco_running_shift`).
 
     Args:
         log_ratio_E: ρ = log π/π_ref of each answer, summed over its tokens; rank 1, differentiable.
@@ -129,6 +130,31 @@ def bco_shift(rewards_E: Tensor, label_E: Tensor) -> Tensor:
     rewards_E, good_E = rewards_E.detach(), label_E > 0.5
     sides = [rewards_E[side_E].mean() for side_E in (good_E, ~good_E) if bool(side_E.any())]
     return sum(sides[1:], sides[0]) / len(sides)
+
+
+def bco_running_shift(rewards_E: Tensor, *, shift: float = 0.0, count: float = 0.0) -> tuple[float, float]:
+    """BCO's δ as a running mean: of the rewards of all answers so far, this step's among them.
+
+    δ′ = (δ·n + Σ_e r_e) / (n + E). Where good and bad answers are equally many it is, but for the age of the rewards,
+    the middle between the two; a step with answers of one side alone does not throw it off.
+
+    Args:
+        rewards_E: β·ρ of all answers of a step.
+        shift: δ before the step.
+        count: n, answers before the step.
+
+    Returns:
+        δ with this step, and n + E.
+
+    Raises:
+        ValueError: there is no reward, or one is not finite.
+
+    Source: Jung et al., https://arxiv.org/abs/2404.04656, section 4, with the mean that TRL's BCOTrainer kept.
+    """
+    if rewards_E.numel() == 0 or not bool(rewards_E.isfinite().all()):
+        raise ValueError("the reward shift needs answers with finite rewards")
+    total = count + rewards_E.numel()
+    return (shift * count + float(rewards_E.detach().double().sum())) / total, total
 
 
 def apo_zero_unpaired(

@@ -1,13 +1,14 @@
 """Preference optimisation on answers that are each good or bad: KTO, BCO, APO-zero without pairs.
 
 KTO weighs each answer's log-ratio against a reference point, the policy's KL to the reference, estimated before every
-step on prompts with answers to other prompts; BCO classifies implicit rewards around a shift, worked out before every
-step from the step's own answers. Both are constants of the whole step, so accumulation and packing change nothing.
+step on prompts with answers to other prompts; BCO classifies implicit rewards around a shift, the mean of all rewards
+so far, brought up to date before every step. Both are constants of the whole step, so accumulation and packing change
+nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,7 +37,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "kto": Method(0.1, 5e-6, "KTO, arXiv 2402.01306, and its authors' code (batch 8 to 128)"),
-    "bco": Method(0.01, 5e-7, "BCO, arXiv 2404.04656, appendix C (batch 128); the shift of each step by itself"),
+    "bco": Method(0.01, 5e-7, "BCO, arXiv 2404.04656, appendix C (batch 128)"),
     "apo_zero_unpaired": Method(0.1, 2e-7, "APO, arXiv 2408.06266, section 5.2, taken apart as in TRL"),
 }
 
@@ -53,6 +54,7 @@ def kto(
     lr: float | None = None,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    reward_shift: Literal["running", "step"] = "running",
     reference: Literal["cached", "adapters-off"] = "cached",
     lora_rank: int = 0,
     kl_prompts: int = 16,
@@ -85,6 +87,7 @@ def kto(
             adapters ten times that.
         desirable_weight: weight of good answers; with unequal numbers, weight times number should be about equal.
         undesirable_weight: weight of bad answers.
+        reward_shift: of bco: running (mean of all rewards so far), or step (middle between good and bad of each step).
         reference: cached (logprobs of the starting weights, computed once), or adapters-off (needs lora_rank).
         lora_rank: rank of adapters; 0 tunes all weights.
         kl_prompts: fixed prompts of the data on which the KL to the start is measured at the end; 0: none.
@@ -132,6 +135,7 @@ def _run(options: dict[str, Any]) -> Path:
         bench.say(
             f"{options['loss']}: beta {method.beta:g}, lr {method.lr:g}, {ready.loop.steps} steps ({method.source})"
         )
+        memory = {"shift": 0.0, "count": 0.0}
         answers, held_out = (reference.before_training(part) for part in (ready.examples, ready.held_out))
 
         def measure() -> Measured:
@@ -142,7 +146,8 @@ def _run(options: dict[str, Any]) -> Path:
             trainer,
             answers,
             ready.loop,
-            prepare=prepare_with(options, method, trainer, reference, answers),
+            prepare=prepare_with(options, method, trainer, reference, answers, memory),
+            memory=memory,
             measure=measure if held_out else None,
             title="kto",
         )
@@ -166,9 +171,18 @@ def objective_of(options: Mapping[str, Any], method: Method) -> Objective:
 
 
 def prepare_with(
-    options: Mapping[str, Any], method: Method, trainer: Trainer, reference: Reference, answers: Sequence[Example]
+    options: Mapping[str, Any],
+    method: Method,
+    trainer: Trainer,
+    reference: Reference,
+    answers: Sequence[Example],
+    memory: MutableMapping[str, float],
 ) -> Prepare:
-    """What a step's answers need: the reference where it is worked out at each step, and the step's constant."""
+    """What a step's answers need: the reference where it is worked out at each step, and the step's constant.
+
+    Args:
+        memory: BCO's `shift` and the `count` of answers that it is the mean of; brought up to date at every step.
+    """
 
     def constant(step: Sequence[Example]) -> dict[str, float]:
         if options["loss"] == "kto":
@@ -177,7 +191,10 @@ def prepare_with(
         if options["loss"] == "bco":
             labels = torch.tensor([example.scalars["label"] for example in step])
             rewards = method.beta * torch.tensor(log_ratios_of(trainer, step))
-            return {"reward_shift": float(objectives.bco_shift(rewards, labels))}
+            if options["reward_shift"] == "step":
+                return {"reward_shift": float(objectives.bco_shift(rewards, labels))}
+            memory["shift"], memory["count"] = objectives.bco_running_shift(rewards, **memory)
+            return {"reward_shift": memory["shift"]}
         return {}
 
     other: dict[str, Example] = {}

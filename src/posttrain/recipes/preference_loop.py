@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,7 @@ def preference_loop(
     *,
     prepare: Prepare,
     measure: Callable[[], Measured] | None = None,
+    memory: MutableMapping[str, float] | None = None,
     title: str,
 ) -> dict[str, Any]:
     """Step through the examples, each once an epoch; go on from the run's newest checkpoint.
@@ -57,6 +58,7 @@ def preference_loop(
         config: how many steps of how many.
         prepare: called with every step's examples before the step.
         measure: on held-out examples; called before the first step, every so often, and after the last.
+        memory: what `prepare` remembers from step to step; kept in checkpoints, and put back when a run goes on.
         title: of the progress bar.
 
     Returns:
@@ -64,6 +66,8 @@ def preference_loop(
     """
     resumed = load_latest(bench.run.checkpoints, trainer, report=lambda line: bench.run.event("warning", text=line))
     summary: dict[str, Any] = dict(resumed.extra) if resumed else {}
+    remembered = memory if memory is not None else {}
+    remembered.update(summary.pop("memory", {}))
     bench.run.truncate_after(trainer.num_steps if resumed else -1)
     if measure and not resumed:
         summary["before"], summary["right_before"] = measure()
@@ -82,7 +86,7 @@ def preference_loop(
             bench.run.tracker.log(metrics, step=done)
             progress.advance({"loss": metrics["loss"], "margin": metrics.get("rewards/margins", 0.0)})
             if last or done % config.checkpoint_every == 0:
-                save_checkpoint(bench.run.checkpoints, trainer, extra=summary)
+                save_checkpoint(bench.run.checkpoints, trainer, extra={**summary, "memory": dict(remembered)})
     return {**summary, "num_tokens": float(trainer.num_tokens)}
 
 
