@@ -13,6 +13,7 @@ from posttrain.core import Example, TokenSequence
 from posttrain.train import TrainConfig, Trainer, distillation_objective, teacher_forward
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+FIGURES: list[tuple[float, float]] = []  # |Δloss| and cosine of the gradients, for the table of parity
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,7 @@ def test_loss_and_gradient_of_logits(gkd: Any, beta: float, temperature: float) 
     )
     mine, _ = objectives.distillation(divergence_N, denominator=int(mask.sum()))
     (my_grad,) = torch.autograd.grad(mine, student)
+    FIGURES.append((abs(mine.item() - theirs.item()), cosine(my_grad, their_grad)))
     assert abs(mine.item() - theirs.item()) <= 1e-5
     assert cosine(my_grad, their_grad) >= 0.9999
     torch.testing.assert_close(my_grad, their_grad, atol=1e-6, rtol=1e-4)
@@ -78,6 +80,7 @@ def test_chunked_loss_from_hidden_states(beta: float) -> None:
         grads.append(torch.autograd.grad(loss, (states, weight)))
     assert abs(losses[0] - losses[1]) <= 1e-5
     for mine, theirs in zip(*grads, strict=True):
+        FIGURES.append((abs(losses[0] - losses[1]), cosine(mine, theirs)))
         assert cosine(mine, theirs) >= 0.9999
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-3)
 
@@ -102,6 +105,7 @@ def test_top_k_loss(beta: float, rest: str) -> None:
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     (my_grad,) = torch.autograd.grad(mine.mean(), logits, retain_graph=True)
     (their_grad,) = torch.autograd.grad(theirs.mean(), logits)
+    FIGURES.append((abs(mine.mean().item() - theirs.mean().item()), cosine(my_grad, their_grad)))
     assert cosine(my_grad, their_grad) >= 0.9999
 
 
@@ -156,5 +160,6 @@ def test_a_whole_step_from_examples_to_weights(gkd: Any, beta: float) -> None:
     trainer._optimiser.step = step  # type: ignore[method-assign]
     metrics = trainer.step(examples)
     assert metrics["num_micro_batches"] == 2
+    FIGURES.append((abs(metrics["loss"] - loss.item()), cosine(torch.cat(taken), expected)))
     assert abs(metrics["loss"] - loss.item()) <= 1e-5
     assert cosine(torch.cat(taken), expected) >= 0.9999
