@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,33 @@ def test_distill_resumes_a_finished_run_and_asks_nobody(folder: Path, monkeypatc
     again = distill.run_with({**wanted, "resume": str(run)})
     assert again == run
     torch.testing.assert_close(models.load(run / "model").embed.weight, weights, atol=0, rtol=0)
+
+
+def test_a_killed_distillation_goes_on_to_the_same_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("posttrain.recipes.distill")
+    wanted = options(
+        folder, data=str(folder / "prompts.jsonl"), loss="forward_kl", epochs=3.0, batch_size=8, held_out=2, seed=6
+    )
+    whole = distill.run_with({**wanted, "runs": str(folder / "whole")})
+    real, step = module.Supervised, Trainer.step
+
+    def dying(self: Trainer, examples: Any) -> dict[str, float]:
+        if self.num_steps == 5:
+            raise KeyboardInterrupt
+        return step(self, examples)
+
+    monkeypatch.setattr(Trainer, "step", dying)
+    monkeypatch.setattr(module, "Supervised", lambda **given: real(**{**given, "checkpoint_every": 2}))
+    with pytest.raises(KeyboardInterrupt):
+        distill.run_with({**wanted, "runs": str(folder / "killed")})
+    monkeypatch.undo()
+    (cut,) = (path.parent for path in (folder / "killed").glob("*/run.json"))
+    resumed = distill.run_with({**wanted, "runs": str(folder / "killed"), "resume": str(cut)})
+    one, two = (models.load(run / "model").state_dict() for run in (whole, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    losses = [[row["loss"] for row in metrics_of(run) if "loss" in row] for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 5, "or the kill came after the end"
 
 
 @pytest.mark.slow
